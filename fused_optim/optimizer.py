@@ -1,0 +1,301 @@
+"""FusedOptimizer: the only ``step()``. A class gives defaults and says which rule a group follows."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import checkpoint, storage
+from .kernels import dispatch
+from .kernels.control import Control, control
+from .kernels.layout import find_shared, overlaps_itself
+from .kernels.plan import Bucket, Key, Member, build
+from .kernels.spec import Rule
+from .options import OPTION_DEFAULTS, Options, check_group
+
+Loss = TypeVar("Loss")
+_log = logging.getLogger("fused_optim")
+
+
+class _Plan(NamedTuple):
+    """The buckets of a step and what must stay as it was for them to be used again."""
+
+    buckets: list[Bucket]
+    params: list[Tensor]
+    idle: list[Tensor]
+    signature: list[tuple[Any, ...]]
+    steps_on_device: bool
+
+
+class FusedOptimizer(Optimizer, ABC):
+    """Base of all optimizers: one pass over memory for all tensors that share rule and storage.
+
+    Subclasses are final: they pass their defaults to this constructor and implement :meth:`_rule`.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        unknown = sorted(set(options) - set(OPTION_DEFAULTS))
+        if unknown:
+            known = [*defaults, *OPTION_DEFAULTS]
+            raise TypeError(f"{type(self).__name__} does not know the options {unknown}; it has {known}")
+        self._plan: _Plan | None = None
+        self._skipped: Tensor | None = None
+        defaults = {**defaults, **OPTION_DEFAULTS, **options}
+        check_group(defaults)
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that the parameters of a group follow."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own, as ``torch.optim.Optimizer`` does.
+
+        Raises:
+            ValueError: an option out of range, or storage that does not fit a parameter.
+            TypeError: a value or a tensor of a type that no rule updates.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            check_group(self.param_groups[index])
+            for position, param in enumerate(self.param_groups[index]["params"]):
+                storage.check_parameter(self._name(index, position), param)
+                self._key(index, position, param)
+        except (TypeError, ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        self._plan = None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient, or none.
+
+        Args:
+            closure: recomputes the loss and the gradients before the update.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: sparse gradients, parameters that share memory, states that do not fit.
+            RuntimeError: inside CUDA graph capture without ``capturable=True`` or without a warm-up.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            buckets = self._collect()
+            try:
+                self._update(buckets)
+            finally:
+                for bucket in buckets:
+                    bucket.release()
+        return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because of ``skip_nonfinite`` or a loss scaler (reads the device)."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
+        """The state, exact and as stored; with ``portable=True`` as ``torch.optim`` would keep it.
+
+        Args:
+            portable: states decoded to float32 and no options of this library, for ``torch.optim`` or
+                for an optimizer here with other codecs.
+        """
+        return checkpoint.pack(super().state_dict(), portable, self.skipped_steps)
+
+    @torch.compiler.disable
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave, here or in ``torch.optim``; states keep their codecs.
+
+        Args:
+            state_dict: from this library (same codecs, or ``portable=True``) or from the
+                ``torch.optim`` class of the same name. Its tensors are copied.
+
+        Raises:
+            ValueError: it belongs to another model, another optimizer or other codecs. Nothing has
+                changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        groups, state, skipped = checkpoint.unpack(self, state_dict)
+        self.__setstate__({"state": state, "param_groups": groups, "_skipped": skipped})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_skipped": self._skipped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def _name(self, group: int, position: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return f"parameter {position} of group {group}" + (f" ({names[position]!r})" if names else "")
+
+    def _key(self, group_index: int, position: int, param: Tensor) -> Key:
+        """Which bucket a parameter belongs to, its gradient being stored as itself."""
+        group, name = self.param_groups[group_index], self._name(group_index, position)
+        rule = self._rule(group)
+        param_codec = storage.param_codec(name, param, group)
+        states = storage.state_codecs(name, param, group, rule)
+        driver = dispatch.choose(param.device.type, param_codec.compute, group["backend"])
+        codecs = (param_codec, param_codec, *states)
+        exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
+        return Key(param.device, rule, param_codec, param_codec, states, driver, exact)
+
+    def _signature(self) -> list[tuple[Any, ...]]:
+        """The options that decide about buckets; all others are scalars of a row."""
+        return [
+            (self._rule(g).name, g["state_codec"], g["param_codec"], g["backend"], g["arithmetic"])
+            for g in self.param_groups
+        ]
+
+    def _collect(self) -> list[Bucket]:
+        """The buckets of this step with its gradients, planned anew where something moved."""
+        capturable = any(group["capturable"] for group in self.param_groups)
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if capturing and not capturable:
+            raise RuntimeError(
+                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in its param groups"
+            )
+        skipping = any(group["skip_nonfinite"] for group in self.param_groups)
+        on_device = capturable or skipping or self.found_inf is not None
+        plan = self._plan
+        if plan is not None and self._still_valid(plan, on_device):
+            return plan.buckets
+        if capturing:
+            raise RuntimeError(
+                "step() must run once before CUDA graph capture, with the parameters, states and options that "
+                "the graph will use: the plan of its launches cannot be made while capturing"
+            )
+        self._plan = None
+        plan = self._make_plan(on_device)
+        for bucket in plan.buckets:
+            assert bucket.collect()
+        self._plan = plan
+        return plan.buckets
+
+    def _still_valid(self, plan: _Plan, on_device: bool) -> bool:
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        return (
+            len(params) == len(plan.params)
+            and all(map(is_, params, plan.params))
+            and all(p.grad is None for p in plan.idle)
+            and (plan.steps_on_device or not on_device)
+            and self._signature() == plan.signature
+            and all(bucket.collect() for bucket in plan.buckets)
+        )
+
+    def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
+        for group_index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                yield group_index, position, param
+
+    def _make_plan(self, on_device: bool) -> _Plan:
+        active = [(g, i, p) for g, i, p in self._parameters() if p.grad is not None]
+        keys = [self._checked_key(*item) for item in active]
+        locals_ = [storage.local_view(p) for _, _, p in active]
+        for (group, position, _), local in zip(active, locals_, strict=True):
+            if overlaps_itself(local):
+                raise ValueError(
+                    f"{self._name(group, position)} has elements that share memory (strides {local.stride()} for "
+                    f"shape {tuple(local.shape)}); make it a parameter of its own with .clone()"
+                )
+        shared = find_shared(locals_)
+        if shared is not None:
+            names = [self._name(*active[index][:2]) for index in shared]
+            raise ValueError(
+                f"{names[0]} and {names[1]} share memory and cannot both be updated; pass the tensor once"
+            )
+        for (_, _, param), key in zip(active, keys, strict=True):
+            storage.complete_state(self.state[param], param, key.rule, key.states)
+        members = [
+            Member(key, group, param, self.state[param], storage.local_view)
+            for (group, _, param), key in zip(active, keys, strict=True)
+        ]
+        everything = [p for _, _, p in self._parameters()]
+        idle = [p for p in everything if p.grad is None]
+        return _Plan(build(members, on_device), everything, idle, self._signature(), on_device)
+
+    def _checked_key(self, group: int, position: int, param: Tensor) -> Key:
+        """The bucket of a parameter with its gradient, after every check that could refuse it."""
+        name, grad = self._name(group, position), param.grad
+        assert grad is not None
+        storage.check_parameter(name, param)
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of {name} is sparse ({grad.layout}); use sparse=False in the embedding, or "
+                "torch.optim.SparseAdam for this parameter"
+            )
+        grad_codec = storage.codec_of(grad)
+        key = self._key(group, position, param)
+        if grad_codec is None or grad_codec.compute != key.param.compute or grad.shape != param.shape:
+            raise ValueError(
+                f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} for a parameter of "
+                f"{tuple(param.shape)} {param.dtype}; convert it before step()"
+            )
+        if grad.device != param.device:
+            raise ValueError(f"the gradient of {name} is on {grad.device}, the parameter on {param.device}")
+        storage.check_state(name, self.state.get(param, {}), param, key.rule, key.states)
+        return key._replace(grad=grad_codec)
+
+    def _update(self, buckets: list[Bucket]) -> None:
+        """Prepares all rows, then launches: an error in a row leaves every tensor as it was."""
+        clips = [group["clip_grad_norm"] for group in self.param_groups]
+        skipping = any(group["skip_nonfinite"] for group in self.param_groups)
+        launched = [bucket for bucket in buckets if bucket.launched]
+        total = None
+        if launched and (skipping or any(clip is not None for clip in clips)):
+            sums = [bucket.driver.square_sum(bucket) for bucket in launched]
+            total = sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
+        skipping = skipping and total is not None
+        controls = {
+            device: control(device, self.grad_scale, self.found_inf, total, clips, skipping)
+            for device in dict.fromkeys(bucket.device for bucket in buckets)
+        }
+        self._count_skipped(controls)
+        updated = [bucket for bucket in buckets if controls[bucket.device].active is not False]
+        for bucket in updated:
+            bucket.prepare(self.param_groups, controls[bucket.device])
+        for bucket in updated:
+            bucket.commit()
+        for bucket in updated:
+            if bucket.launched:
+                bucket.driver.step(bucket)
+
+    def _count_skipped(self, controls: Mapping[torch.device, Control]) -> None:
+        """Adds one, on the first device, if this step is skipped there (it is skipped everywhere)."""
+        for device, ctl in controls.items():
+            if ctl.active is not None:
+                skipped = torch.as_tensor(ctl.active, device=device).logical_not().to(torch.int64)
+                self._skipped = skipped if self._skipped is None else self._skipped.to(device).add_(skipped)
+                return

@@ -1,0 +1,136 @@
+"""What every optimizer here accepts beyond torch's arguments, and the checks of all arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from .kernels.codecs import CODECS
+from .kernels.dispatch import ARITHMETICS, BACKENDS
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of every class, valid for the whole optimizer or per parameter group.
+
+    Attributes:
+        state_codec: storage of the states: ``"auto"`` (fp32; fp64 for float64 parameters), a codec's
+            name, or a mapping from state names to codecs, such as ``{"exp_avg": "bf16"}``.
+        param_codec: storage of the parameters: ``"auto"`` (as the tensor's dtype says) or its name.
+        clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
+            loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
+        skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
+            gradient is NaN or infinite; ``optimizer.skipped_steps`` counts such steps.
+        backend: ``"auto"``, ``"native"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
+        arithmetic: ``"exact"`` (equal bits on every backend), ``"fast"`` (GPU: fused multiply-add,
+            approximate division and square root) or ``"auto"``.
+    """
+
+    state_codec: str | Mapping[str, str]
+    param_codec: str
+    clip_grad_norm: float | None
+    skip_nonfinite: bool
+    backend: str
+    arithmetic: str
+
+
+OPTION_DEFAULTS: Options = {
+    "state_codec": "auto",
+    "param_codec": "auto",
+    "clip_grad_norm": None,
+    "skip_nonfinite": False,
+    "backend": "auto",
+    "arithmetic": "auto",
+}
+
+ENGINE_OPTIONS = ("state_codec", "param_codec", "backend", "arithmetic")
+"""Options that say how this process stores and computes, which a checkpoint does not override."""
+
+
+def _number(name: str, value: Any, low: float, below: float = float("inf")) -> None:
+    """A float, int or one-element tensor in ``[low, below)``; NaN is outside of every range."""
+    if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
+        raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if not low <= value < below:
+        label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
+        allowed = f"at least {low:g}" if below == float("inf") else f"in [{low:g}, {below:g})"
+        raise ValueError(f"Invalid {label}: {value}; it must be finite and {allowed}")
+
+
+def _betas(group: Mapping[str, Any]) -> None:
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+    for index, beta in enumerate(betas):
+        _number(f"betas[{index}]", beta, float("-inf"))
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+
+
+def _torch_flags(group: Mapping[str, Any]) -> None:
+    """torch's flags, with torch's own complaints where a combination is an error there too."""
+    for name in ("maximize", "capturable", "differentiable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    for name in ("foreach", "fused"):
+        if group[name] not in (None, True, False):
+            raise TypeError(f"{name} must be True, False or None (it has no effect here), got {group[name]!r}")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together; neither has an effect here")
+    if group["differentiable"]:
+        if group["fused"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        raise ValueError(
+            "differentiable=True is not supported: the step runs in one kernel that autograd cannot see "
+            "through; use torch.optim for differentiable steps"
+        )
+    if group["foreach"] and not group["capturable"]:
+        tensors = {"lr": group["lr"], **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))}}
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
+
+
+def _options(group: Mapping[str, Any]) -> None:
+    for name, allowed in (("backend", BACKENDS), ("arithmetic", ARITHMETICS)):
+        if group[name] not in allowed:
+            raise ValueError(f"{name}={group[name]!r} is unknown; allowed: {', '.join(allowed)}")
+    if group["clip_grad_norm"] is not None:
+        _number("clip_grad_norm", group["clip_grad_norm"], 0.0)
+        if isinstance(group["clip_grad_norm"], Tensor):
+            raise TypeError("clip_grad_norm must be a float or None, not a tensor")
+    if not isinstance(group["skip_nonfinite"], bool):
+        raise TypeError(f"skip_nonfinite must be True or False, got {group['skip_nonfinite']!r}")
+    for name in ("state_codec", "param_codec"):
+        given = group[name]
+        names = given.values() if name == "state_codec" and isinstance(given, Mapping) else (given,)
+        for codec in names:
+            if codec != "auto" and codec not in CODECS:
+                raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(CODECS)}")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Checks the options of one parameter group.
+
+    Raises:
+        ValueError: a value out of range or an unknown name.
+        TypeError: a value of the wrong type.
+    """
+    _number("lr", group["lr"], 0.0)
+    for name in ("eps", "weight_decay", "momentum"):
+        if name in group:
+            _number(name, group[name], 0.0)
+    if "betas" in group:
+        _betas(group)
+    if "dampening" in group:
+        _number("dampening", group["dampening"], float("-inf"))
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    _torch_flags(group)
+    _options(group)

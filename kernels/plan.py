@@ -1,0 +1,266 @@
+"""From parameters to launches: buckets with a table of addresses and a row of scalars each, cached.
+
+A plan describes one set of tensors at fixed addresses. ``Bucket.collect`` reads the step's gradients
+and says whether the description still holds; only then is anything launched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import rows as row_tools
+from .control import Control
+from .layout import LAYOUT_LENGTH, Layout, layout_of
+from .spec import Codec, Hyper, Rule
+from .staging import Staging
+
+NUMEL, ROW, ALIGNED, LAYOUT, HEADER = range(5)
+"""Columns of ``Bucket.table``; the planes' addresses follow, the gradient's last."""
+
+_address = Tensor.data_ptr
+_dtype = attrgetter("dtype")
+
+
+class Driver(NamedTuple):
+    """A backend: how a bucket's step and its gradients' sum of squares are computed."""
+
+    name: str
+    step: Callable[[Bucket], None]
+    square_sum: Callable[[Bucket], Tensor]
+
+
+class Key(NamedTuple):
+    """What tensors must share to be updated by one launch."""
+
+    device: torch.device
+    rule: Rule
+    param: Codec
+    grad: Codec
+    states: tuple[Codec, ...]
+    driver: Driver
+    exact: bool
+
+
+@dataclass
+class Member:
+    """One parameter in a plan: ``param`` as the user holds it, ``state`` its dictionary."""
+
+    key: Key
+    group: int
+    param: Tensor
+    state: dict[str, Any]
+    local: Callable[[Tensor], Tensor]
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.param.grad is not None
+        self.layout = layout_of(self.local(self.param), self.local(self.param.grad))
+
+    def planes(self) -> list[list[Tensor]]:
+        """The state's planes, slot by slot."""
+        return [
+            [self.local(self.state[slot.name + plane.suffix]) for plane in codec.planes]
+            for slot, codec in zip(self.key.rule.slots, self.key.states, strict=True)
+        ]
+
+    def address_names(self) -> tuple[str, ...]:
+        """Keys of the state whose tensors must stay where they are."""
+        slots = zip(self.key.rule.slots, self.key.states, strict=True)
+        return ("step", *(slot.name + plane.suffix for slot, codec in slots for plane in codec.planes))
+
+
+def _host_steps(members: Sequence[Member], device: torch.device) -> Tensor:
+    """One vector of step counts; each parameter's ``step`` becomes a view of its element."""
+    steps = torch.stack([m.state["step"].to(device, torch.float32, non_blocking=True) for m in members])
+    for member, step in zip(members, steps.unbind(), strict=True):
+        member.state["step"] = step
+    return steps
+
+
+class Bucket:
+    """Tensors that one launch updates."""
+
+    def __init__(self, key: Key, members: list[Member], strided: bool, steps_on_device: bool) -> None:
+        self.rule, self.param, self.grad, self.states = key.rule, key.param, key.grad, key.states
+        self.device, self.driver, self.exact, self.strided = key.device, key.driver, key.exact, strided
+        self.members = members
+        self.cache: dict[Any, Any] = {}
+        local = self._local = members[0].local
+        self.owners = [m.param for m in members]
+        self.params = [local(p) for p in self.owners]
+        self.param_planes = [[p] for p in self.params]
+        self.state_planes = [m.planes() for m in members]
+        self.grads: list[Tensor] = []
+        self.numels = [p.numel() for p in self.params]
+        self.launched = self.numels[0] > 0
+        self.steps_on_device = steps_on_device and key.device.type != "cpu"
+        self.steps = _host_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
+        self._remember()
+        if self.launched:
+            self._assign_rows()
+            self._allocate()
+
+    def _remember(self) -> None:
+        """Keeps what ``collect`` compares a later step with."""
+        self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
+        grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
+        self._grad_strides = list(map(Tensor.stride, grads))
+        self._grad_dtypes = list(map(_dtype, grads))
+        self._states = [m.state for m in self.members]
+        names = self.members[0].address_names()
+        self._pick: Callable[[Any], Iterable[Tensor]] = itemgetter(*names, names[0])
+        self._param_addresses = list(map(_address, self.params))
+        self._state_addresses = self._read_state_addresses()
+
+    def _read_state_addresses(self) -> list[int]:
+        tensors = chain.from_iterable(map(self._pick, self._states))
+        return list(map(_address, tensors if self._plain else map(self._local, tensors)))
+
+    def _assign_rows(self) -> None:
+        """One row per (group, step count) on the host, one per parameter on the device."""
+        if self.steps_on_device:
+            self.row_indices = list(range(len(self.members)))
+            self.row_count = len(self.members)
+            return
+        self._expected_steps: list[float] = self.steps.tolist()
+        cohorts = [(m.group, step) for m, step in zip(self.members, self._expected_steps, strict=True)]
+        self.cohorts = list(dict.fromkeys(cohorts))
+        row_of = {cohort: row for row, cohort in enumerate(self.cohorts)}
+        self.row_indices = [row_of[cohort] for cohort in cohorts]
+        self.row_count = len(self.cohorts)
+
+    def _allocate(self) -> None:
+        n, planes = len(self.members), [list(chain.from_iterable(p)) for p in self.state_planes]
+        columns = HEADER + len(self.param_planes[0]) + len(planes[0]) + 1
+        row_dtype = torch.float64 if self.param.compute == "float64" else torch.float32
+        row_words = -(-self.row_count * self.rule.row_length * row_dtype.itemsize // 8)
+        memory = torch.zeros(columns * n + row_words, dtype=torch.int64)
+        table = memory[: columns * n].view(columns, n)
+        table[NUMEL] = torch.tensor(self.numels)
+        table[ROW] = torch.tensor(self.row_indices)
+        addresses = [[t.data_ptr() for t in [*p, *s]] for p, s in zip(self.param_planes, planes, strict=True)]
+        table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
+        self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
+        self.layouts = None
+        if self.strided:
+            table[LAYOUT] = torch.arange(n)
+            records = torch.tensor([m.layout.record() for m in self.members], dtype=torch.int64)
+            assert records.shape == (n, LAYOUT_LENGTH)
+            self.layouts = records.to(self.device)
+        self._staging = Staging(memory, columns, n, self.device)
+        self.table = self._staging.device_memory[: columns * n].view(columns, n)
+        rows = self._staging.device_memory[columns * n :].view(row_dtype)
+        shape = (self.row_count, self.rule.row_length)
+        self.rows = rows[: shape[0] * shape[1]].view(shape)
+        self._host_rows = memory[columns * n :].numpy().view(str(row_dtype).removeprefix("torch."))
+        self._host_rows = self._host_rows[: shape[0] * shape[1]].reshape(shape)
+
+    def tiles(self, size: int) -> Tensor:
+        """``[n_tiles, 2]`` int32: (tensor, tile within it) for tiles of ``size`` elements."""
+        if ("tiles", size) not in self.cache:
+            counts = torch.tensor([-(-numel // size) for numel in self.numels])
+            tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            first = torch.cumsum(counts, 0) - counts
+            tile = torch.arange(len(tensor)) - first[tensor]
+            pairs = torch.stack([tensor, tile], 1).to(torch.int32)
+            self.cache["tiles", size] = pairs.to(self.device)
+        return self.cache["tiles", size]
+
+    def collect(self) -> bool:
+        """Reads this step's gradients; False if the plan no longer describes the tensors."""
+        grads: list[Any] = [p.grad for p in self.owners]
+        if self._plain:
+            params = self.owners
+        else:
+            if any(grad is None for grad in grads):
+                return False
+            grads, params = list(map(self._local, grads)), list(map(self._local, self.owners))
+        try:
+            addresses = list(map(_address, grads))
+            if any(map(Tensor.is_neg, grads)):
+                grads = [grad.resolve_neg() for grad in grads]
+                addresses = list(map(_address, grads))
+            same = (
+                list(map(Tensor.numel, grads)) == self.numels
+                and list(map(Tensor.stride, grads)) == self._grad_strides
+                and list(map(_dtype, grads)) == self._grad_dtypes
+                and list(map(_address, params)) == self._param_addresses
+                and self._read_state_addresses() == self._state_addresses
+            )
+        except (TypeError, RuntimeError, KeyError):
+            # No gradient, a sparse one, a state that is gone: planning anew finds out and says which.
+            return False
+        if not same or (self.launched and not self.steps_on_device and self.steps.tolist() != self._expected_steps):
+            return False
+        self.grads = grads
+        if self.launched:
+            table = self._staging.host_table
+            table[-1] = addresses
+            np.copyto(table[ALIGNED], self._fixed_aligned & (table[-1] % 16 == 0))
+        return True
+
+    def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
+        """Computes the scalars of the coming step; changes nothing that a step or a user reads."""
+        self._control, self._prepared = control, []
+        if not self.launched:
+            return
+        if self.steps_on_device:
+            steps = self.steps + (1.0 if control.active is None else control.active)
+            for group, part in self._group_parts():
+                hyper = row_tools.resolve(groups[group], self.device)
+                g_scale = control.g_scales[group]
+                self._prepared.append((part, row_tools.row(self.rule, hyper, steps[part].double(), g_scale)))
+            return
+        for row, (group, step) in enumerate(self.cohorts):
+            hyper = row_tools.resolve(groups[group])
+            self._host_rows[row] = row_tools.host_row(self.rule, hyper, step + 1.0, control.g_scales[group])
+
+    def commit(self) -> None:
+        """Advances the step counts and sends scalars and gradients' addresses to the device."""
+        active = self._control.active
+        self.steps.add_(1.0 if active is None or active is True else active)
+        if not self.launched:
+            return
+        self._staging.send(with_rows=not self.steps_on_device)
+        if self.steps_on_device:
+            for part, values in self._prepared:
+                row_tools.write(self.rows[part], values, active)
+            return
+        self._expected_steps = self.steps.tolist()
+        self.cohorts = [(group, step + 1.0) for group, step in self.cohorts]
+        for row, (group, _) in enumerate(self.cohorts):
+            if isinstance(self._control.g_scales[group], Tensor):
+                self.rows[row, 1].mul_(self._control.g_scales[group])
+
+    def _group_parts(self) -> Iterator[tuple[int, slice]]:
+        """The members of each group, which stand side by side."""
+        counts = Counter(m.group for m in self.members)
+        stop = 0
+        for group, count in counts.items():
+            stop += count
+            yield group, slice(stop - count, stop)
+
+    def release(self) -> None:
+        """Lets go of the gradients, so that ``zero_grad`` frees their memory."""
+        self.grads = []
+
+
+def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
+    """Sorts parameters into buckets; within one they keep the order of their groups."""
+    sorted_members: dict[Any, list[Member]] = {}
+    for member in members:
+        launched = member.param.numel() > 0
+        key = (member.key, launched, launched and not member.layout.flat)
+        sorted_members.setdefault(key, []).append(member)
+    return [
+        Bucket(key, part, strided, steps_on_device) for (key, _, strided), part in sorted_members.items()
+    ]

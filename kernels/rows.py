@@ -1,0 +1,54 @@
+"""Scalar rows: everything in a step that depends on the step count, prepared once per step.
+
+On the host in Python floats (IEEE float64), rounded once to the row's dtype; or, where the host must
+not know the step count (CUDA graphs, a loss scaler, skipped steps), on the device in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import Hyper, Rule
+
+_TENSOR_OPTIONS = ("lr", "betas", "weight_decay", "eps", "momentum", "dampening")
+
+
+def _resolve(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return float(value) if device is None else value.to(device, torch.float64, non_blocking=True).reshape(())
+    if isinstance(value, tuple | list):
+        return tuple(_resolve(item, device) for item in value)
+    return value
+
+
+def resolve(group: Hyper, device: torch.device | None = None) -> Hyper:
+    """A group whose tensor options are floats (``device=None``) or float64 tensors on ``device``."""
+    changed = {
+        key: value
+        for key in _TENSOR_OPTIONS
+        if (old := group.get(key)) is not None and (value := _resolve(old, device)) is not old
+    }
+    return {**group, **changed} if changed else group
+
+
+def row(rule: Rule, hyper: Hyper, step: Any, g_scale: Any) -> tuple[Any, ...]:
+    """``g_scale`` and the rule's scalars for parameters of a group that take their ``step``-th step."""
+    sign = -1.0 if hyper["maximize"] else 1.0
+    return sign * g_scale, *rule.row(hyper, step)
+
+
+def host_row(rule: Rule, hyper: Hyper, step: float, g_scale: Any) -> tuple[float, ...]:
+    """A whole row in floats; a factor that only the device knows is multiplied in there later."""
+    return 1.0, *row(rule, hyper, step, 1.0 if isinstance(g_scale, Tensor) else g_scale)
+
+
+def write(rows: Tensor, values: tuple[Any, ...], active: Tensor | None) -> None:
+    """Fills rows on the device, one per parameter, rounding once."""
+    for column, value in zip(rows.unbind(1), (1.0 if active is None else active, *values), strict=True):
+        if isinstance(value, Tensor):
+            column.copy_(value)
+        else:
+            column.fill_(value)

@@ -1,0 +1,64 @@
+"""The catalogue of rules: slots, scalars and how a step's scalars follow from hyperparameters.
+
+``g_scale`` (sign of ``maximize``, loss scale, clip factor) belongs to every rule and is not listed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .spec import Hyper, Rule, Slot
+
+
+def _adam(h: Hyper, t: Any) -> tuple[Any, ...]:
+    beta1, beta2 = h["betas"]
+    decoupled = h["decoupled_weight_decay"]
+    return (
+        0.0 if decoupled else h["weight_decay"],
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**t) ** -0.5,
+        h["eps"],
+        h["lr"] / (1 - beta1**t),
+        h["lr"] * h["weight_decay"] if decoupled else 0.0,
+    )
+
+
+def _lion(h: Hyper, t: Any) -> tuple[Any, ...]:
+    beta1, beta2 = h["betas"]
+    return beta1, 1 - beta1, beta2, 1 - beta2, h["lr"], h["lr"] * h["weight_decay"]
+
+
+def _sgd(h: Hyper, t: Any) -> tuple[Any, ...]:
+    return h["weight_decay"], h["lr"]
+
+
+def _sgd_momentum(h: Hyper, t: Any) -> tuple[Any, ...]:
+    # The first step stores the gradient itself: dampening starts with the second.
+    first = (t <= 1) * 1.0
+    momentum = h["momentum"]
+    nesterov = bool(h["nesterov"])
+    return (
+        h["weight_decay"],
+        momentum * (1 - first),
+        1 - h["dampening"] * (1 - first),
+        1.0 if nesterov else 0.0,
+        momentum if nesterov else 1.0,
+        h["lr"],
+    )
+
+
+_ADAM = ("l2", "w1", "b2", "w2", "c2", "eps", "step_size", "decay")
+_M, _V, _VMAX = Slot("exp_avg"), Slot("exp_avg_sq", signed=False), Slot("max_exp_avg_sq", signed=False)
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("adam", (_M, _V), _ADAM, _adam),
+        Rule("adam_amsgrad", (_M, _V, _VMAX), _ADAM, _adam),
+        Rule("lion", (_M,), ("b1", "w1", "b2", "w2", "lr", "decay"), _lion),
+        Rule("sgd", (), ("l2", "lr"), _sgd),
+        Rule("sgd_momentum", (Slot("momentum_buffer"),), ("l2", "mu", "w", "ng", "nb", "lr"), _sgd_momentum),
+    )
+}

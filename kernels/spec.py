@@ -1,0 +1,91 @@
+"""The vocabulary of the house: what a codec, a slot, a rule and a cut are.
+
+Imports neither torch nor triton, so that tools can read the catalogues anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+Hyper = Mapping[str, Any]
+"""Hyperparameters of one parameter group: Python floats, or float64 tensors on a device."""
+
+
+class Cut(Enum):
+    """Why a rule cannot be one pass over memory: what it must know before it may finish."""
+
+    NONE = "none"
+    ROW = "row"
+    TENSOR = "tensor"
+    MATRIX = "matrix"
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One tensor in memory that a codec keeps; ``per`` fp32 values share one of its entries."""
+
+    suffix: str
+    dtype: str
+    bits: int
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How fp32 values live in memory."""
+
+    name: str
+    planes: tuple[Plane, ...]
+    compute: str = "float32"
+    relative_error: float = 0.0
+
+    @property
+    def bytes_per_value(self) -> float:
+        """Bytes in memory for one value, all planes together."""
+        return sum(plane.bits / 8 / plane.per for plane in self.planes)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A state tensor of a rule, under torch.optim's own key."""
+
+    name: str
+    signed: bool = True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an optimizer does to ``p, g`` and its states, given a row of scalars.
+
+    ``row(hyper, step)`` returns the values of ``scalars`` in order. It uses only ``+ - * / **``, so
+    that the same function prepares a row from Python floats on the host and from float64 tensors on
+    a device.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    scalars: tuple[str, ...]
+    row: Callable[[Hyper, Any], tuple[Any, ...]]
+    cut: Cut = Cut.NONE
+
+    @property
+    def row_length(self) -> int:
+        """Floats in a row: ``active``, ``g_scale``, then the rule's own scalars."""
+        return 2 + len(self.scalars)
+
+
+def bytes_moved(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> tuple[float, float]:
+    """Bytes a one-pass step reads and writes for one parameter element.
+
+    >>> from fused_optim.kernels.codecs import CODECS
+    >>> from fused_optim.kernels.rules import RULES
+    >>> fp32 = CODECS["fp32"]
+    >>> bytes_moved(RULES["adam"], fp32, fp32, (fp32, fp32))
+    (16.0, 12.0)
+    """
+    assert len(states) == len(rule.slots)
+    written = param.bytes_per_value + sum(codec.bytes_per_value for codec in states)
+    return written + grad.bytes_per_value, written

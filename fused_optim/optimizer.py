@@ -19,7 +19,7 @@ from .kernels.control import Control, control
 from .kernels.layout import find_shared, overlaps_itself
 from .kernels.plan import Bucket, Key, Member, build
 from .kernels.spec import Rule
-from .options import OPTION_DEFAULTS, Options, check_group
+from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
 
 Loss = TypeVar("Loss")
 _log = logging.getLogger("fused_optim")
@@ -85,7 +85,7 @@ class FusedOptimizer(Optimizer, ABC):
     @overload
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient, or none.
 
@@ -126,7 +126,7 @@ class FusedOptimizer(Optimizer, ABC):
         """
         return checkpoint.pack(super().state_dict(), portable, self.skipped_steps)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave, here or in ``torch.optim``; states keep their codecs.
 
@@ -172,12 +172,14 @@ class FusedOptimizer(Optimizer, ABC):
         exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
         return Key(param.device, rule, param_codec, param_codec, states, driver, exact)
 
+    def _needs_norm(self) -> bool:
+        return any(group["clip_grad_norm"] is not None or group["skip_nonfinite"] for group in self.param_groups)
+
     def _signature(self) -> list[tuple[Any, ...]]:
-        """The options that decide about buckets; all others are scalars of a row."""
-        return [
-            (self._rule(g).name, g["state_codec"], g["param_codec"], g["backend"], g["arithmetic"])
-            for g in self.param_groups
-        ]
+        """The options that decide about buckets and their checks; all others are scalars of a row."""
+        engine = [tuple(map(group.get, ENGINE_OPTIONS)) for group in self.param_groups]
+        rules = [self._rule(group).name for group in self.param_groups]
+        return [(self._needs_norm(),), *zip(rules, engine, strict=True)]
 
     def _collect(self) -> list[Bucket]:
         """The buckets of this step with its gradients, planned anew where something moved."""
@@ -251,20 +253,8 @@ class FusedOptimizer(Optimizer, ABC):
         name, grad = self._name(group, position), param.grad
         assert grad is not None
         storage.check_parameter(name, param)
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"the gradient of {name} is sparse ({grad.layout}); use sparse=False in the embedding, or "
-                "torch.optim.SparseAdam for this parameter"
-            )
-        grad_codec = storage.codec_of(grad)
+        grad_codec = storage.check_gradient(name, param, grad, self._needs_norm())
         key = self._key(group, position, param)
-        if grad_codec is None or grad_codec.compute != key.param.compute or grad.shape != param.shape:
-            raise ValueError(
-                f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} for a parameter of "
-                f"{tuple(param.shape)} {param.dtype}; convert it before step()"
-            )
-        if grad.device != param.device:
-            raise ValueError(f"the gradient of {name} is on {grad.device}, the parameter on {param.device}")
         storage.check_state(name, self.state.get(param, {}), param, key.rule, key.states)
         return key._replace(grad=grad_codec)
 
@@ -274,7 +264,7 @@ class FusedOptimizer(Optimizer, ABC):
         skipping = any(group["skip_nonfinite"] for group in self.param_groups)
         launched = [bucket for bucket in buckets if bucket.launched]
         total = None
-        if launched and (skipping or any(clip is not None for clip in clips)):
+        if launched and self._needs_norm():
             sums = [bucket.driver.square_sum(bucket) for bucket in launched]
             total = sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
         skipping = skipping and total is not None

@@ -17,7 +17,7 @@ from .kernels.spec import Codec, Rule
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Without importing ``torch.distributed.tensor``, which takes longer than everything else here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -25,7 +25,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 def local_view(tensor: Tensor) -> Tensor:
     """The real, local memory behind a tensor: a DTensor's shard, a complex number's two parts."""
-    if _is_dtensor(tensor):
+    if is_dtensor(tensor):
         tensor = tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     tensor = tensor.detach()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -52,7 +52,7 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; only dense (strided) parameters can be updated")
-    if is_traceable_wrapper_subclass(param) and not _is_dtensor(param):
+    if is_traceable_wrapper_subclass(param) and not is_dtensor(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, whose memory this library does not know; "
             "pass plain tensors, nn.Parameter or DTensor"
@@ -62,6 +62,38 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"{name} is a lazily conjugated or negated view; "
             "make it a parameter of its own with .resolve_conj().resolve_neg()"
         )
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> Codec:
+    """The codec of a gradient that fits its parameter.
+
+    Raises:
+        ValueError: a sparse gradient, another shape, dtype, device or sharding than the parameter's,
+            or a norm asked of sharded gradients.
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"the gradient of {name} is sparse ({grad.layout}); use sparse=False in the embedding, or "
+            "torch.optim.SparseAdam for this parameter"
+        )
+    own, codec = codec_of(param), codec_of(grad)
+    assert own is not None
+    fits = codec is not None and codec.compute == own.compute and grad.is_complex() == param.is_complex()
+    if codec is None or not fits or grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device} for a parameter of "
+            f"{tuple(param.shape)} {param.dtype} on {param.device}; convert it before step()"
+        )
+    if is_dtensor(param) != is_dtensor(grad) or (
+        is_dtensor(param) and param.placements != grad.placements  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        raise ValueError(f"{name} and its gradient are not sharded in the same way; redistribute the gradient")
+    if needs_norm and is_dtensor(param):
+        raise ValueError(
+            f"{name} is a DTensor: clip_grad_norm and skip_nonfinite would see this rank's gradients only; "
+            "use torch.nn.utils.clip_grad_norm_, which reduces over all ranks"
+        )
+    return codec
 
 
 def param_codec(name: str, param: Tensor, group: Mapping[str, Any]) -> Codec:

@@ -59,11 +59,13 @@ class Member:
     param: Tensor
     state: dict[str, Any]
     local: Callable[[Tensor], Tensor]
+    numel: int = field(init=False)
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.param.grad is not None
-        self.layout = layout_of(self.local(self.param), self.local(self.param.grad))
+        param = self.local(self.param)
+        self.numel, self.layout = param.numel(), layout_of(param, self.local(self.param.grad))
 
     def planes(self) -> list[list[Tensor]]:
         """The state's planes, slot by slot."""
@@ -113,6 +115,7 @@ class Bucket:
         """Keeps what ``collect`` compares a later step with."""
         self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
         grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
+        self._contiguous = all(map(Tensor.is_contiguous, grads))
         self._grad_strides = list(map(Tensor.stride, grads))
         self._grad_dtypes = list(map(_dtype, grads))
         self._states = [m.state for m in self.members]
@@ -175,6 +178,11 @@ class Bucket:
             self.cache["tiles", size] = pairs.to(self.device)
         return self.cache["tiles", size]
 
+    def _same_strides(self, grads: list[Tensor]) -> bool:
+        if self._contiguous:
+            return False not in map(Tensor.is_contiguous, grads)
+        return list(map(Tensor.stride, grads)) == self._grad_strides
+
     def collect(self) -> bool:
         """Reads this step's gradients; False if the plan no longer describes the tensors."""
         grads: list[Any] = [p.grad for p in self.owners]
@@ -185,14 +193,13 @@ class Bucket:
                 return False
             grads, params = list(map(self._local, grads)), list(map(self._local, self.owners))
         try:
-            addresses = list(map(_address, grads))
-            if any(map(Tensor.is_neg, grads)):
+            if True in map(Tensor.is_neg, grads):
                 grads = [grad.resolve_neg() for grad in grads]
-                addresses = list(map(_address, grads))
+            addresses = list(map(_address, grads))
             same = (
                 list(map(Tensor.numel, grads)) == self.numels
-                and list(map(Tensor.stride, grads)) == self._grad_strides
                 and list(map(_dtype, grads)) == self._grad_dtypes
+                and self._same_strides(grads)
                 and list(map(_address, params)) == self._param_addresses
                 and self._read_state_addresses() == self._state_addresses
             )
@@ -258,7 +265,7 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
     """Sorts parameters into buckets; within one they keep the order of their groups."""
     sorted_members: dict[Any, list[Member]] = {}
     for member in members:
-        launched = member.param.numel() > 0
+        launched = member.numel > 0
         key = (member.key, launched, launched and not member.layout.flat)
         sorted_members.setdefault(key, []).append(member)
     return [

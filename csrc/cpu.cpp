@@ -1,0 +1,124 @@
+// The C interface of libfused_optim_cpu.so, and the sharing of work between threads.
+#include <omp.h>
+#include <pthread.h>
+
+#include <memory>
+
+#include "codecs.h"
+#include "isa.h"
+#include "rules.h"
+
+#define FO_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fo;
+
+// A forked child has none of its parent's OpenMP threads, and waiting for them would never end.
+bool forked = false;
+__attribute__((constructor)) void watch_forks() {
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+}
+
+struct NamedIsa {
+  const char* name;
+  const Isa* isa;
+  bool runs_here;
+};
+
+// From the most to the least preferred.
+const NamedIsa* isas() {
+  static const NamedIsa list[] = {
+#ifdef FO_HAVE_AVX512
+      {"avx512", &avx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+#endif
+#ifdef FO_HAVE_AVX2
+      {"avx2", &avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+#endif
+      {"portable", &portable, true},
+      {nullptr, nullptr, false},
+  };
+  return list;
+}
+
+const Isa* isa_at(int index) {
+  for (const NamedIsa* entry = isas(); entry->name; ++entry) {
+    if (index-- == 0) return entry->runs_here ? entry->isa : nullptr;
+  }
+  return nullptr;
+}
+
+int64_t count_units(const Table& table, int64_t unit) {
+  int64_t units = 0;
+  for (int64_t tensor = 0; tensor < table.n; ++tensor) units += (table.at(NUMEL, tensor) + unit - 1) / unit;
+  return units;
+}
+
+// Smaller calls are over before a second thread has woken up.
+constexpr int64_t STEP_UNITS_WORTH_A_THREAD = 16, SUM_UNITS_WORTH_A_THREAD = 2;
+
+// Calls work(first, last) so that [0, units) is covered once. `least`: units that are worth a thread.
+template <class Work>
+void share(int64_t units, int64_t least, int threads, Work work) {
+  int64_t useful = units / least;
+  if (threads > useful) threads = static_cast<int>(useful);
+  if (threads <= 1 || forked) return work(0, units);
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+    work(units * part / parts, units * (part + 1) / parts);
+  }
+}
+
+#define FO_NAME(type) #type,
+#define FO_SLOTS(rule) rule::slots,
+constexpr const char* rule_names[] = {FO_RULES(FO_NAME) nullptr};
+constexpr const char* codec_names[] = {FO_CODECS(FO_NAME) nullptr};
+constexpr int slot_counts[] = {FO_RULES(FO_SLOTS)};
+
+bool known_codec(int codec) { return 0 <= codec && codec < CODEC_COUNT; }
+
+}  // namespace
+
+FO_API int fused_optim_cpu_abi() { return ABI; }
+
+// Names in the order of their ids, then a null.
+FO_API const char* const* fused_optim_cpu_rules() { return rule_names; }
+FO_API const char* const* fused_optim_cpu_codecs() { return codec_names; }
+
+// The compiled instruction sets, best first, then a null; and whether one runs on this machine.
+FO_API const char* fused_optim_cpu_isa(int isa) { return isas()[isa].name; }
+FO_API int fused_optim_cpu_runs(int isa) { return isas()[isa].runs_here; }
+
+FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* table, int64_t n,
+                                const float* rows, int64_t row_length, const int64_t* layouts, int threads,
+                                int isa) {
+  if (rule < 0 || rule >= RULE_COUNT) return UNKNOWN_RULE;
+  for (int i = 0; i < 2 + slot_counts[rule]; ++i) {
+    if (!known_codec(codecs[i])) return UNKNOWN_CODEC;
+  }
+  const Isa* code = isa_at(isa);
+  if (!code) return UNKNOWN_ISA;
+  Step step{rule, codecs, {table, n}, rows, row_length, layouts};
+  share(count_units(step.table, STEP_UNIT), STEP_UNITS_WORTH_A_THREAD, threads,
+        [&](int64_t first, int64_t last) { code->step(step, first, last); });
+  return OK;
+}
+
+// Writes to `sum` the sum of squares of the gradients in `column`: the same bits for any number of threads.
+FO_API int fused_optim_cpu_square_sum(int codec, int column, const int64_t* table, int64_t n,
+                                      const int64_t* layouts, int threads, int isa, double* sum) {
+  if (!known_codec(codec)) return UNKNOWN_CODEC;
+  const Isa* code = isa_at(isa);
+  if (!code) return UNKNOWN_ISA;
+  Gradients gradients{codec, column, {table, n}, layouts};
+  int64_t units = count_units(gradients.table, SUM_UNIT);
+  std::unique_ptr<double[]> sums(new double[units]);
+  share(units, SUM_UNITS_WORTH_A_THREAD, threads,
+        [&](int64_t first, int64_t last) { code->square_sums(gradients, first, last, sums.get()); });
+  *sum = 0;
+  for (int64_t unit = 0; unit < units; ++unit) *sum += sums[unit];
+  return OK;
+}

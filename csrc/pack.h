@@ -1,0 +1,196 @@
+// A value in registers: F holds 16 neighbouring floats under g++ and one float under nvcc.
+//
+// Rules and codecs are written once over F (float), U (32 bits) and H (16 bits). Everything has internal
+// linkage: this is compiled once per instruction set, and the linker must never mix those copies.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+
+#include <cuda_fp16.h>
+
+#define FO_INLINE __device__ __forceinline__
+#define FO_LAMBDA
+
+namespace {
+
+using F = float;
+using U = uint32_t;
+using H = uint16_t;
+
+FO_INLINE F select(bool mask, F yes, F no) { return mask ? yes : no; }
+FO_INLINE U select(bool mask, U yes, U no) { return mask ? yes : no; }
+FO_INLINE U as_bits(F x) { return __float_as_uint(x); }
+FO_INLINE F as_float(U x) { return __uint_as_float(x); }
+FO_INLINE U widen(H x) { return x; }
+FO_INLINE H narrow(U x) { return static_cast<H>(x); }
+FO_INLINE F half_to_float(H x) { return __half2float(__ushort_as_half(x)); }
+FO_INLINE H float_to_half(F x) { return __half_as_ushort(__float2half_rn(x)); }
+
+}  // namespace
+
+#else
+
+#include <cmath>
+#include <cstring>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#define FO_INLINE inline __attribute__((always_inline))
+#define FO_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int PARTS = 1;
+// GCC 12 warns of an uninitialised register in the intrinsics without a mask.
+constexpr __mmask16 ALL = 0xffff;
+#elif defined(__AVX2__)
+constexpr int PARTS = 2;
+#else
+constexpr int PARTS = 4;
+#endif
+
+#define FO_EACH_PART for (int i = 0; i < PARTS; ++i)
+#define FO_OPERATOR(op)                               \
+  friend FO_INLINE Pack operator op(Pack a, Pack b) { \
+    FO_EACH_PART a.part[i] = a.part[i] op b.part[i];  \
+    return a;                                         \
+  }
+#define FO_COMPARISON(op)                                      \
+  friend FO_INLINE Pack<int32_t> operator op(Pack a, Pack b) { \
+    Pack<int32_t> mask;                                        \
+    FO_EACH_PART mask.part[i] = a.part[i] op b.part[i];        \
+    return mask;                                               \
+  }
+
+// As many native registers as 16 values need, because GCC keeps a vector wider than those in memory.
+template <class T>
+struct Pack {
+  typedef T Part __attribute__((vector_size(sizeof(T) * LANES / PARTS)));
+  Part part[PARTS];
+
+  Pack() = default;
+  FO_INLINE Pack(T x) { FO_EACH_PART part[i] = x - Part{}; }
+
+  FO_OPERATOR(+)
+  FO_OPERATOR(-)
+  FO_OPERATOR(*)
+  FO_OPERATOR(/)
+  FO_OPERATOR(&)
+  FO_OPERATOR(|)
+  FO_OPERATOR(<<)
+  FO_OPERATOR(>>)
+  FO_COMPARISON(<)
+  FO_COMPARISON(>)
+  FO_COMPARISON(!=)
+};
+#undef FO_OPERATOR
+#undef FO_COMPARISON
+
+using F = Pack<float>;
+using U = Pack<uint32_t>;
+using H = Pack<uint16_t>;
+using Mask = Pack<int32_t>;
+
+template <class T>
+FO_INLINE Pack<T> load(const void* from) {
+  Pack<T> x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+template <class T>
+FO_INLINE void store(void* to, Pack<T> x) {
+  memcpy(to, &x, sizeof x);
+}
+
+FO_INLINE F select(Mask mask, F yes, F no) {
+  FO_EACH_PART yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
+  return yes;
+}
+FO_INLINE U select(Mask mask, U yes, U no) {
+  FO_EACH_PART yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
+  return yes;
+}
+FO_INLINE U as_bits(F x) { return load<uint32_t>(&x); }
+FO_INLINE F as_float(U x) { return load<float>(&x); }
+FO_INLINE U widen(H x) {
+  U r;
+  FO_EACH_PART r.part[i] = __builtin_convertvector(x.part[i], U::Part);
+  return r;
+}
+FO_INLINE H narrow(U x) {
+  H r;
+  FO_EACH_PART r.part[i] = __builtin_convertvector(x.part[i], H::Part);
+  return r;
+}
+
+FO_INLINE F sqrt(F x) {
+#if defined(__AVX512F__)
+  x.part[0] = _mm512_maskz_sqrt_ps(ALL, x.part[0]);
+#elif defined(__AVX2__)
+  FO_EACH_PART x.part[i] = _mm256_sqrt_ps(x.part[i]);
+#elif defined(__SSE2__)
+  FO_EACH_PART x.part[i] = _mm_sqrt_ps(x.part[i]);
+#else
+  FO_EACH_PART for (int lane = 0; lane < LANES / PARTS; ++lane) x.part[i][lane] = sqrtf(x.part[i][lane]);
+#endif
+  return x;
+}
+
+#if defined(__AVX512F__)
+FO_INLINE F half_to_float(H x) {
+  F r;
+  r.part[0] = _mm512_maskz_cvtph_ps(ALL, reinterpret_cast<__m256i>(x.part[0]));
+  return r;
+}
+FO_INLINE H float_to_half(F x) {
+  H r;
+  r.part[0] = reinterpret_cast<H::Part>(_mm512_maskz_cvtps_ph(ALL, x.part[0], _MM_FROUND_TO_NEAREST_INT));
+  return r;
+}
+#elif defined(__AVX2__)
+FO_INLINE F half_to_float(H x) {
+  F r;
+  FO_EACH_PART r.part[i] = _mm256_cvtph_ps(reinterpret_cast<__m128i>(x.part[i]));
+  return r;
+}
+FO_INLINE H float_to_half(F x) {
+  H r;
+  FO_EACH_PART r.part[i] = reinterpret_cast<H::Part>(_mm256_cvtps_ph(x.part[i], _MM_FROUND_TO_NEAREST_INT));
+  return r;
+}
+#else
+FO_INLINE F half_to_float(H x) {
+  U half = widen(x), sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  // Shifted into a float's fields, the exponent is 112 too small; the product also normalises denormals.
+  U finite = as_bits(as_float(magnitude << 13) * F(0x1p112f));
+  U special = (magnitude << 13) | 0x7f800000u;
+  return as_float(select(magnitude > U(0x7bffu), special, finite) | sign);
+}
+FO_INLINE H float_to_half(F x) {
+  U bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // One half denormal is the spacing of floats at 0.5, so the addition rounds to it.
+  U denormal = as_bits(as_float(magnitude) + F(0.5f)) - 0x3f000000u;
+  U special = select(magnitude > U(0x7f800000u), U(0x7e00u), U(0x7c00u));
+  U finite = select(magnitude < U(0x38800000u), denormal, normal);
+  return narrow(select(magnitude < U(0x47800000u), finite, special) | sign);
+}
+#endif
+
+}  // namespace
+#endif
+
+namespace {
+
+FO_INLINE F maximum(F a, F b) {
+  // A NaN in either is the result: in a by the second test, in b because the first one fails.
+  return select(a > b, a, select(a != a, a, b));
+}
+FO_INLINE F sign(F x) { return select(x > F(0), F(1), select(x < F(0), F(-1), F(0))); }
+
+}  // namespace

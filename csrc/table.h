@@ -1,0 +1,67 @@
+// What a launch is given: the tables that kernels/plan.py fills, and their shapes.
+#pragma once
+
+#include <cstdint>
+
+// Inlined always: a copy compiled for one instruction set must not serve the others.
+#ifdef __CUDACC__
+#define FO_ANYWHERE __host__ __device__ __forceinline__
+#else
+#define FO_ANYWHERE inline __attribute__((always_inline))
+#endif
+
+namespace fo {
+
+// Raised when a table or a C function changes, so that Python refuses a library of another build.
+constexpr int ABI = 1;
+
+// Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient.
+enum Column { NUMEL, ROW, ALIGNED, LAYOUT, HEADER };
+
+// Floats of a row; the rule's scalars follow.
+enum RowEntry { ACTIVE, G_SCALE, SCALARS };
+
+struct Table {
+  const int64_t* columns;
+  int64_t n;
+
+  FO_ANYWHERE int64_t at(int column, int64_t tensor) const { return columns[column * n + tensor]; }
+  FO_ANYWHERE char* plane(int column, int64_t tensor) const {
+    return reinterpret_cast<char*>(at(column, tensor));
+  }
+};
+
+constexpr int MAX_DIMS = 8;
+constexpr int LAYOUT_LENGTH = 1 + 3 * MAX_DIMS;
+
+// Where the elements of a strided parameter and of its gradient lie; states are dense.
+struct Layout {
+  const int64_t* record;
+
+  FO_ANYWHERE int dims() const { return static_cast<int>(record[0]); }
+  FO_ANYWHERE int64_t size(int dim) const { return record[1 + dim]; }
+  FO_ANYWHERE int64_t param_stride(int dim) const { return record[1 + MAX_DIMS + dim]; }
+  FO_ANYWHERE int64_t grad_stride(int dim) const { return record[1 + 2 * MAX_DIMS + dim]; }
+};
+
+enum Error { OK, UNKNOWN_RULE, UNKNOWN_CODEC, UNKNOWN_ISA };
+
+// A bucket's step as the C interface receives it. `codecs`: parameter, gradient, states in slot order.
+struct Step {
+  int rule;
+  const int32_t* codecs;
+  Table table;
+  const float* rows;
+  int64_t row_length;
+  const int64_t* layouts;
+};
+
+// The gradients of a bucket; their addresses stand in `column`.
+struct Gradients {
+  int codec;
+  int column;
+  Table table;
+  const int64_t* layouts;
+};
+
+}  // namespace fo

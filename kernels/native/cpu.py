@@ -1,0 +1,115 @@
+"""The CPU driver: one C call per bucket, on torch's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_int, c_int64, c_void_p
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import library
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+
+class _Cpu:
+    """The opened library and the instruction set in use."""
+
+    def __init__(self, opened: library.Library) -> None:
+        self.library = opened
+        self.step = opened.function(
+            "step", c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int
+        )
+        self.square_sum = opened.function(
+            "square_sum", c_int, c_int, c_int, c_void_p, c_int64, c_void_p, c_int, c_int, c_void_p
+        )
+        name_of, runs = opened.function("isa", c_char_p, c_int), opened.function("runs", c_int, c_int)
+        self.isas: dict[str, int] = {}
+        index = 0
+        while (name := name_of(index)) is not None:
+            if runs(index):
+                self.isas[name.decode()] = index
+            index += 1
+        self.isa = next(iter(self.isas.values()))
+
+
+@cache
+def _cpu() -> _Cpu:
+    opened = library.load("cpu")
+    if isinstance(opened, str):
+        raise RuntimeError(opened)
+    return _Cpu(opened)
+
+
+def unavailable() -> str | None:
+    """None if the driver can run, else what is missing and how to get it."""
+    opened = library.load("cpu")
+    return opened if isinstance(opened, str) else None
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that were compiled and run on this machine, best first."""
+    return tuple(_cpu().isas)
+
+
+@contextmanager
+def _forced_isa(name: str) -> Iterator[None]:
+    """Runs another path than the best one: for tests."""
+    cpu = _cpu()
+    before, cpu.isa = cpu.isa, cpu.isas[name]
+    try:
+        yield
+    finally:
+        cpu.isa = before
+
+
+def _layouts(bucket: Bucket) -> int | None:
+    return bucket.layouts.data_ptr() if bucket.layouts is not None else None
+
+
+def _check(error: int, bucket: Bucket) -> None:
+    if error:
+        raise RuntimeError(f"native step failed with error {error} for rule {bucket.rule.name!r}")
+
+
+def step(bucket: Bucket) -> None:
+    """Updates every tensor of the bucket whose row is active."""
+    cpu, cached = _cpu(), bucket.cache.get("native")
+    if cached is None:
+        cached = cpu.library.rules[bucket.rule.name], cpu.library.codec_ids(bucket)
+        bucket.cache["native"] = cached
+    table, rows = bucket.table, bucket.rows
+    error = cpu.step(
+        *cached,
+        table.data_ptr(),
+        table.shape[1],
+        rows.data_ptr(),
+        rows.shape[1],
+        _layouts(bucket),
+        torch.get_num_threads(),
+        cpu.isa,
+    )
+    _check(error, bucket)
+
+
+def square_sum(bucket: Bucket) -> Tensor:
+    """Sum of the squares of all gradients in float64, the same for any number of threads."""
+    cpu, table = _cpu(), bucket.table
+    total = torch.empty((), dtype=torch.float64)
+    error = cpu.square_sum(
+        cpu.library.codecs[bucket.grad.name],
+        table.shape[0] - 1,
+        table.data_ptr(),
+        table.shape[1],
+        _layouts(bucket),
+        torch.get_num_threads(),
+        cpu.isa,
+        total.data_ptr(),
+    )
+    _check(error, bucket)
+    return total

@@ -115,8 +115,8 @@ class Bucket:
         """Keeps what ``collect`` compares a later step with."""
         self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
         grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
-        self._contiguous = all(map(Tensor.is_contiguous, grads))
-        self._grad_strides = list(map(Tensor.stride, grads))
+        self._strides = list(map(Tensor.stride, [*self.params, *grads]))
+        self._contiguous = all(map(Tensor.is_contiguous, [*self.params, *grads]))
         self._grad_dtypes = list(map(_dtype, grads))
         self._states = [m.state for m in self.members]
         names = self.members[0].address_names()
@@ -178,10 +178,11 @@ class Bucket:
             self.cache["tiles", size] = pairs.to(self.device)
         return self.cache["tiles", size]
 
-    def _same_strides(self, grads: list[Tensor]) -> bool:
+    def _same_strides(self, tensors: list[Tensor]) -> bool:
+        """Of parameters and gradients, in this order."""
         if self._contiguous:
-            return False not in map(Tensor.is_contiguous, grads)
-        return list(map(Tensor.stride, grads)) == self._grad_strides
+            return False not in map(Tensor.is_contiguous, tensors)
+        return list(map(Tensor.stride, tensors)) == self._strides
 
     def collect(self) -> bool:
         """Reads this step's gradients; False if the plan no longer describes the tensors."""
@@ -199,7 +200,7 @@ class Bucket:
             same = (
                 list(map(Tensor.numel, grads)) == self.numels
                 and list(map(_dtype, grads)) == self._grad_dtypes
-                and self._same_strides(grads)
+                and self._same_strides([*params, *grads])
                 and list(map(_address, params)) == self._param_addresses
                 and self._read_state_addresses() == self._state_addresses
             )

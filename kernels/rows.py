@@ -18,7 +18,10 @@ _TENSOR_OPTIONS = ("lr", "betas", "weight_decay", "eps", "momentum", "dampening"
 
 def _resolve(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Tensor):
-        return float(value) if device is None else value.to(device, torch.float64, non_blocking=True).reshape(())
+        # A tensor on the CPU is read at once and becomes a constant of a captured graph, as in torch.optim.
+        if device is None or value.device.type == "cpu":
+            return float(value)
+        return value.to(device, torch.float64).reshape(())
     if isinstance(value, tuple | list):
         return tuple(_resolve(item, device) for item in value)
     return value

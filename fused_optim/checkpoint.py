@@ -39,7 +39,11 @@ def pack(state_dict: dict[str, Any], portable: bool, skipped: int) -> dict[str, 
 
 
 def _portable(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+    return (
+        value.float()
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        else value
+    )
 
 
 def unpack(
@@ -66,8 +70,8 @@ def unpack(
     for index, (saved, live) in enumerate(zip(saved_groups, live_groups, strict=True)):
         if len(saved["params"]) != len(live["params"]):
             raise ValueError(
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-                f"group {index} has {len(saved['params'])} parameters there and {len(live['params'])} here"
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                f"group: group {index} has {len(saved['params'])} parameters there and {len(live['params'])} here"
             )
         kept = {name: live[name] for name in ENGINE_OPTIONS}
         merged = {**optimizer.defaults, **saved, **kept, "params": live["params"]}
@@ -92,7 +96,11 @@ def unpack(
 
 
 def _load(
-    optimizer: FusedOptimizer, place: tuple[int, int], group: dict[str, Any], entry: dict[str, Any], saved: Any
+    optimizer: FusedOptimizer,
+    place: tuple[int, int],
+    group: dict[str, Any],
+    entry: dict[str, Any],
+    saved: Any,
 ) -> dict[str, Any]:
     """One parameter's state, in the optimizer's codecs."""
     name, param = optimizer._name(*place), group["params"][place[1]]
@@ -102,7 +110,8 @@ def _load(
         return {}
     if saved is not None and storage.state_codecs(name, param, {"state_codec": saved}, rule) != codecs:
         raise ValueError(
-            f"the state dict keeps the states of {name} as {saved!r}, the optimizer as {group['state_codec']!r}; "
-            "construct it with the same state_codec, or save with state_dict(portable=True)"
+            f"the state dict keeps the states of {name} as {saved!r}, the optimizer as "
+            f"{group['state_codec']!r}; construct it with the same state_codec, or save "
+            "with state_dict(portable=True)"
         )
     return storage.encode_state(name, entry, param, rule, codecs)

@@ -173,7 +173,9 @@ class FusedOptimizer(Optimizer, ABC):
         return Key(param.device, rule, param_codec, param_codec, states, driver, exact)
 
     def _needs_norm(self) -> bool:
-        return any(group["clip_grad_norm"] is not None or group["skip_nonfinite"] for group in self.param_groups)
+        return any(
+            group["clip_grad_norm"] is not None or group["skip_nonfinite"] for group in self.param_groups
+        )
 
     def _signature(self) -> list[tuple[Any, ...]]:
         """The options that decide about buckets and their checks; all others are scalars of a row."""
@@ -187,7 +189,7 @@ class FusedOptimizer(Optimizer, ABC):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if capturing and not capturable:
             raise RuntimeError(
-                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in its param groups"
+                f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in its groups"
             )
         skipping = any(group["skip_nonfinite"] for group in self.param_groups)
         on_device = capturable or skipping or self.found_inf is not None
@@ -196,8 +198,8 @@ class FusedOptimizer(Optimizer, ABC):
             return plan.buckets
         if capturing:
             raise RuntimeError(
-                "step() must run once before CUDA graph capture, with the parameters, states and options that "
-                "the graph will use: the plan of its launches cannot be made while capturing"
+                "step() must run once before CUDA graph capture, with the parameters, states and options "
+                "that the graph will use: the plan of its launches cannot be made while capturing"
             )
         self._plan = None
         plan = self._make_plan(on_device)
@@ -229,8 +231,8 @@ class FusedOptimizer(Optimizer, ABC):
         for (group, position, _), local in zip(active, locals_, strict=True):
             if overlaps_itself(local):
                 raise ValueError(
-                    f"{self._name(group, position)} has elements that share memory (strides {local.stride()} for "
-                    f"shape {tuple(local.shape)}); make it a parameter of its own with .clone()"
+                    f"{self._name(group, position)} has elements that share memory (strides {local.stride()} "
+                    f"for shape {tuple(local.shape)}); make it a parameter of its own with .clone()"
                 )
         shared = find_shared(locals_)
         if shared is not None:

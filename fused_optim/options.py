@@ -74,13 +74,15 @@ def _betas(group: Mapping[str, Any]) -> None:
 
 
 def _torch_flags(group: Mapping[str, Any]) -> None:
-    """torch's flags, with torch's own complaints where a combination is an error there too."""
+    """Flags of torch, with its own complaints where a combination is an error there too."""
     for name in ("maximize", "capturable", "differentiable"):
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     for name in ("foreach", "fused"):
         if group[name] not in (None, True, False):
-            raise TypeError(f"{name} must be True, False or None (it has no effect here), got {group[name]!r}")
+            raise TypeError(
+                f"{name} must be True, False or None (it has no effect here), got {group[name]!r}"
+            )
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together; neither has an effect here")
     if group["differentiable"]:
@@ -91,7 +93,10 @@ def _torch_flags(group: Mapping[str, Any]) -> None:
             "through; use torch.optim for differentiable steps"
         )
     if group["foreach"] and not group["capturable"]:
-        tensors = {"lr": group["lr"], **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))}}
+        tensors = {
+            "lr": group["lr"],
+            **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))},
+        }
         for name, value in tensors.items():
             if isinstance(value, Tensor):
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")

@@ -87,7 +87,9 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> 
     if is_dtensor(param) != is_dtensor(grad) or (
         is_dtensor(param) and param.placements != grad.placements  # pyright: ignore[reportAttributeAccessIssue]
     ):
-        raise ValueError(f"{name} and its gradient are not sharded in the same way; redistribute the gradient")
+        raise ValueError(
+            f"{name} and its gradient are not sharded in the same way; redistribute the gradient"
+        )
     if needs_norm and is_dtensor(param):
         raise ValueError(
             f"{name} is a DTensor: clip_grad_norm and skip_nonfinite would see this rank's gradients only; "
@@ -165,7 +167,9 @@ def complete_state(state: dict[str, Any], param: Tensor, rule: Rule, codecs: tup
                 state[slot.name + plane.suffix] = _like(param, plane.dtype)
 
 
-def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: Rule, codecs: tuple[Codec, ...]) -> None:
+def check_state(
+    name: str, state: Mapping[str, Any], param: Tensor, rule: Rule, codecs: tuple[Codec, ...]
+) -> None:
     """Refuses states that somebody replaced by something that does not fit.
 
     Raises:
@@ -180,13 +184,13 @@ def check_state(name: str, state: Mapping[str, Any], param: Tensor, rule: Rule, 
             if value.dtype != expected or value.device != param.device or value.shape != param.shape:
                 raise ValueError(
                     f"state {slot.name + plane.suffix!r} of {name} is {tuple(value.shape)} {value.dtype} on "
-                    f"{value.device}; expected {tuple(param.shape)} {expected} on {param.device}. Move states "
-                    "with the parameters, and load checkpoints with load_state_dict"
+                    f"{value.device}; expected {tuple(param.shape)} {expected} on {param.device}. Move "
+                    "states with the parameters, and load checkpoints with load_state_dict"
                 )
             if not follows(local_view(value), local_view(param)):
                 raise ValueError(
-                    f"state {slot.name + plane.suffix!r} of {name} has strides {value.stride()}, which do not "
-                    f"follow the parameter's {param.stride()}; load it with load_state_dict"
+                    f"state {slot.name + plane.suffix!r} of {name} has strides {value.stride()}, which do "
+                    f"not follow the parameter's {param.stride()}; load it with load_state_dict"
                 )
 
 

@@ -53,6 +53,7 @@ def control(
                 g_scales[group] = inverse * _at_most_one(clip / (norm + 1e-6))
     active = None if inf is None else inf == 0
     if skip_nonfinite:
+        assert total is not None
         finite = total - total == 0
         active = finite if active is None else active & finite
     return Control(g_scales, active)

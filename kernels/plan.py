@@ -207,7 +207,9 @@ class Bucket:
         except (TypeError, RuntimeError, KeyError):
             # No gradient, a sparse one, a state that is gone: planning anew finds out and says which.
             return False
-        if not same or (self.launched and not self.steps_on_device and self.steps.tolist() != self._expected_steps):
+        if not same or (
+            self.launched and not self.steps_on_device and self.steps.tolist() != self._expected_steps
+        ):
             return False
         self.grads = grads
         if self.launched:
@@ -269,6 +271,4 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
         launched = member.numel > 0
         key = (member.key, launched, launched and not member.layout.flat)
         sorted_members.setdefault(key, []).append(member)
-    return [
-        Bucket(key, part, strided, steps_on_device) for (key, _, strided), part in sorted_members.items()
-    ]
+    return [Bucket(key, part, strided, steps_on_device) for (key, _, strided), part in sorted_members.items()]

@@ -48,7 +48,7 @@ def host_row(rule: Rule, hyper: Hyper, step: float, g_scale: Any) -> tuple[float
     return 1.0, *row(rule, hyper, step, 1.0 if isinstance(g_scale, Tensor) else g_scale)
 
 
-def write(rows: Tensor, values: tuple[Any, ...], active: Tensor | None) -> None:
+def write(rows: Tensor, values: tuple[Any, ...], active: Any) -> None:
     """Fills rows on the device, one per parameter, rounding once."""
     for column, value in zip(rows.unbind(1), (1.0 if active is None else active, *values), strict=True):
         if isinstance(value, Tensor):

@@ -28,7 +28,9 @@ def step(bucket: Bucket) -> None:
         active = active != 0
         p = param_codec.decode(bucket.param_planes[index])
         g = bucket.grads[index].to(p.dtype)
-        s = tuple(c.decode(planes) for c, planes in zip(state_codecs, bucket.state_planes[index], strict=True))
+        s = tuple(
+            c.decode(planes) for c, planes in zip(state_codecs, bucket.state_planes[index], strict=True)
+        )
         new_p, new_s = rule(p, g * g_scale, s, k)
         param_codec.encode(torch.where(active, new_p, p), bucket.param_planes[index])
         for codec, planes, old, new in zip(state_codecs, bucket.state_planes[index], s, new_s, strict=True):

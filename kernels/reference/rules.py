@@ -36,13 +36,13 @@ def _adam_finish(p: Tensor, m: Tensor, v: Tensor, k: Sequence[Tensor]) -> Tensor
 
 def adam(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, States]:
     """Adam and AdamW: coupled (``l2``) or decoupled (``decay``) weight decay, the other being zero."""
-    m, v = _adam_moments(p, g, *s, k)
+    m, v = _adam_moments(p, g, s[0], s[1], k)
     return _adam_finish(p, m, v, k), (m, v)
 
 
 def adam_amsgrad(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, States]:
     """Adam whose denominator is the largest second moment seen so far."""
-    m, v = _adam_moments(p, g, *s[:2], k)
+    m, v = _adam_moments(p, g, s[0], s[1], k)
     vmax = torch.maximum(s[2], v)
     return _adam_finish(p, m, vmax, k), (m, v, vmax)
 

@@ -1,0 +1,154 @@
+"""The Triton driver: one launch per bucket. Triton itself is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budget import launch_shape
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+    from ..spec import Codec, Rule
+
+Constants = dict[str, Any]
+Launch = Callable[[], object]
+
+
+def unavailable(device_type: str) -> str | None:
+    """None if tensors of this device type can be updated, else what is missing and how to get it."""
+    try:
+        import triton
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}): pip install 'triton>=3.6'"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"Triton {triton.__version__} is too old: pip install 'triton>=3.6'"
+    # Triton's own functions were decorated when it was imported, ours are on first use: both must agree.
+    interpreted = isinstance(triton.language.sum, InterpretedFunction) and triton.knobs.runtime.interpret
+    if interpreted and device_type != "cpu":
+        return (
+            f"TRITON_INTERPRET is set and the interpreter takes CPU tensors, not {device_type} ones: unset it"
+        )
+    if interpreted:
+        return None
+    if device_type != "cuda":
+        return (
+            f"Triton compiles for CUDA tensors, not {device_type} ones; its interpreter takes CPU tensors "
+            "if TRITON_INTERPRET=1 is set before Python starts"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return None
+
+
+def _codec(codec: Codec) -> tuple[Any, Any, int]:
+    from . import codecs
+
+    decode, encode = getattr(codecs, f"{codec.name}_decode"), getattr(codecs, f"{codec.name}_encode")
+    return decode, encode, len(codec.planes)
+
+
+def _sources(*functions: Any) -> str:
+    """A hash of the text of functions and of all they call (the interpreter's have none)."""
+    text = "".join(getattr(function, "cache_key", "") for function in functions)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shared_constants(codecs: Sequence[Codec], strided: bool) -> tuple[Constants, Constants]:
+    shape = launch_shape(codecs)
+    constants = {"STRIDED": strided, "TILE": shape.tile, "CHUNK": shape.chunk, "VECTOR": shape.vector}
+    return constants, {"num_warps": shape.warps, "num_stages": 1}
+
+
+def step_constants(
+    rule: Rule, codecs: Sequence[Codec], strided: bool, exact: bool
+) -> tuple[Constants, Constants]:
+    """Compile-time arguments and options of ``step``; codecs in the order parameter, states, gradient."""
+    from . import rules
+
+    function, in_registers = getattr(rules, rule.name), tuple(map(_codec, codecs))
+    constants, options = _shared_constants(codecs, strided)
+    sources = _sources(function, *(f for codec in in_registers for f in codec[:2]))
+    constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
+    return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
+
+
+def square_sum_constants(grad: Codec, strided: bool) -> tuple[Constants, Constants]:
+    """Compile-time arguments and options of ``square_sum``."""
+    in_registers = _codec(grad)
+    constants, options = _shared_constants([grad], strided)
+    return constants | {"GRAD": in_registers, "SOURCES": _sources(in_registers[0])}, options | {
+        "enable_fp_fusion": False
+    }
+
+
+def _prepare(
+    bucket: Bucket, kernel: Any, arguments: tuple[Any, ...], constants: Constants, options: Constants
+) -> Launch:
+    """Launches a kernel once and returns a call that launches it again."""
+    tiles = bucket.tiles(constants["TILE"])
+    positional = (tiles, *arguments, *(constants[name] for name in kernel.arg_names[1 + len(arguments) :]))
+    grid = (len(tiles), 1, 1)
+
+    def interpret() -> None:
+        with np.errstate(all="ignore"):
+            kernel[grid](*positional)
+
+    if bucket.device.type == "cpu":
+        interpret()
+        return interpret
+    with torch.cuda.device(bucket.device):
+        # Triton's own launcher looks its kernel up by all constants at every call, the compiled one does not.
+        compiled = kernel[grid](*positional, **options)[grid]
+
+    def launch() -> None:
+        if torch.cuda.current_device() == bucket.device.index:
+            compiled(*positional)
+        else:
+            with torch.cuda.device(bucket.device):
+                compiled(*positional)
+
+    return launch
+
+
+def _layouts(bucket: Bucket) -> Tensor:
+    # The kernel of a flat bucket never reads its layouts: any address will do.
+    return bucket.layouts if bucket.layouts is not None else bucket.table
+
+
+def step(bucket: Bucket) -> None:
+    """Updates every tensor of the bucket whose row is active."""
+    if launch := bucket.cache.get("triton.step"):
+        launch()
+        return
+    from . import step as kernels
+
+    codecs = (bucket.param, *bucket.states, bucket.grad)
+    constants, options = step_constants(bucket.rule, codecs, bucket.strided, bucket.exact)
+    arguments = (bucket.table, bucket.rows, _layouts(bucket), bucket.table.shape[1])
+    bucket.cache["triton.step"] = _prepare(bucket, kernels.step, arguments, constants, options)
+
+
+def square_sum(bucket: Bucket) -> Tensor:
+    """Sum of the squares of all gradients in float64: finite exactly when every gradient is."""
+    if cached := bucket.cache.get("triton.square_sum"):
+        launch, partials = cached
+        launch()
+        return partials.sum()
+    from . import step as kernels
+
+    constants, options = square_sum_constants(bucket.grad, bucket.strided)
+    columns, n = bucket.table.shape
+    n_tiles = len(bucket.tiles(constants["TILE"]))
+    partials = torch.empty(n_tiles, dtype=torch.float64, device=bucket.device)
+    arguments = (bucket.table, partials, _layouts(bucket), n, columns - len(bucket.grad.planes))
+    launch = _prepare(bucket, kernels.square_sum, arguments, constants, options)
+    bucket.cache["triton.square_sum"] = launch, partials
+    return partials.sum()

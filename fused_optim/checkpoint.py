@@ -71,7 +71,8 @@ def unpack(
         if len(saved["params"]) != len(live["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's "
-                f"group: group {index} has {len(saved['params'])} parameters there, {len(live['params'])} here"
+                f"group: group {index} has {len(saved['params'])} parameters there and "
+                f"{len(live['params'])} here"
             )
         kept = {name: live[name] for name in ENGINE_OPTIONS}
         merged = {**optimizer.defaults, **saved, **kept, "params": live["params"]}

@@ -80,7 +80,7 @@ class Member:
         return ("step", *(slot.name + plane.suffix for slot, codec in slots for plane in codec.planes))
 
 
-def _host_steps(members: Sequence[Member], device: torch.device) -> Tensor:
+def _adopt_steps(members: Sequence[Member], device: torch.device) -> Tensor:
     """One vector of step counts; each parameter's ``step`` becomes a view of its element."""
     steps = torch.stack([m.state["step"].to(device, torch.float32, non_blocking=True) for m in members])
     for member, step in zip(members, steps.unbind(), strict=True):
@@ -104,8 +104,8 @@ class Bucket:
         self.grads: list[Tensor] = []
         self.numels = [p.numel() for p in self.params]
         self.launched = self.numels[0] > 0
-        self.steps_on_device = steps_on_device and key.device.type != "cpu"
-        self.steps = _host_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
+        self.steps_on_device = steps_on_device
+        self.steps = _adopt_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
         self._remember()
         if self.launched:
             self._assign_rows()
@@ -265,10 +265,16 @@ class Bucket:
 
 
 def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
-    """Sorts parameters into buckets; within one they keep the order of their groups."""
+    """Sorts parameters into buckets; within one they keep the order of their groups.
+
+    ``steps_on_device`` keeps the host from knowing step counts; on a CPU there is nothing to keep.
+    """
     sorted_members: dict[Any, list[Member]] = {}
     for member in members:
         launched = member.numel > 0
         key = (member.key, launched, launched and not member.layout.flat)
         sorted_members.setdefault(key, []).append(member)
-    return [Bucket(key, part, strided, steps_on_device) for (key, _, strided), part in sorted_members.items()]
+    return [
+        Bucket(key, part, strided, steps_on_device and key.device.type != "cpu")
+        for (key, _, strided), part in sorted_members.items()
+    ]

@@ -1,0 +1,61 @@
+# Every command sets up what it needs in .venv on first use, and again when the build's inputs change.
+# Options go through ARGS: make pretrain ARGS="--steps 50".
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+inputs := pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: help test pretrain check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make test      build and run the tests'
+	@echo 'make pretrain  build and pretrain a small Llama on real text (options: ARGS="--steps 50")'
+	@echo 'make check     formatting, lint, types, docstring examples'
+	@echo 'make bench     time a step beside other optimizers (options: ARGS="...")'
+	@echo 'make clean     remove the virtual environment and everything that was built'
+
+test: $(VENV)/.test
+	@$(python) -m pytest -n $(WORKERS) --benchmark-disable $(ARGS)
+
+pretrain: $(VENV)/.pretrain
+	@$(python) -m fused_optim pretrain $(ARGS)
+
+check: $(VENV)/.check
+	@$(python) -m tests format lint types cpp examples $(ARGS)
+
+bench: $(VENV)/.bench
+	@$(python) -m bench step $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# Built without isolation: pip's throw-away build environments would recompile everything each time.
+$(VENV)/.venv: constraints.txt
+	@echo 'creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(pip) scikit-build-core cmake ninja
+	@touch $@
+
+$(VENV)/.pretrain: $(VENV)/.venv $(inputs)
+	@echo 'building fused_optim and installing what pretraining needs (minutes the first time)'
+	@$(pip) --no-build-isolation --editable '.[pretrain]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.venv $(inputs)
+	@echo 'building fused_optim and installing what the tests need (minutes the first time)'
+	@$(pip) --no-build-isolation --editable '.[test]'
+	@touch $@ $(VENV)/.pretrain
+
+$(VENV)/.check: $(VENV)/.test
+	@$(pip) --no-build-isolation --editable '.[check]'
+	@touch $@
+
+# The peers are optional: the benchmark reports a missing one.
+$(VENV)/.bench: $(VENV)/.test
+	@$(pip) --no-build-isolation --editable '.[bench]' || echo 'not every peer could be installed'
+	@touch $@

@@ -1,0 +1,53 @@
+"""The command line: ``python -m fused_optim info|list|pretrain``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+usage: python -m fused_optim COMMAND [options]
+
+  info      versions, libraries, CPU path, GPUs, backends, and what is missing and how to get it
+  list      rules and codecs with their bytes per parameter
+  pretrain  train a small Llama on real text (python -m fused_optim pretrain --help)"""
+
+_PRETRAIN_NEEDS = {"transformers", "tqdm", "rich", "matplotlib"}
+
+
+def _fail(message: str) -> int:
+    print(f"{message}\n\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+def _pretrain(options: Sequence[str]) -> int:
+    try:
+        from .training import pretrain
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _PRETRAIN_NEEDS:
+            raise
+        print(f"pretrain needs {error.name}: pip install 'fused_optim[pretrain]'", file=sys.stderr)
+        return 1
+    return pretrain.main(options)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command and returns the exit status: 0, 1 if it failed, 2 if it was called wrongly."""
+    command, *options = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "pretrain":
+        return _pretrain(options)
+    if command not in ("info", "list"):
+        return _fail(f"unknown command {command!r}: the commands are info, list and pretrain")
+    if options:
+        return _fail(f"{command} takes no options, got {' '.join(options)}")
+    from . import info
+
+    print(info.info() if command == "info" else info.catalogue())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

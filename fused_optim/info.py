@@ -1,0 +1,139 @@
+"""What runs here and what is missing (``info``), and what can be combined (``list``)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .kernels import dispatch
+from .kernels.codecs import CODECS
+from .kernels.native import cpu, library
+from .kernels.rules import RULES
+
+Section = dict[str, str]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _openmp_runtimes() -> list[str]:
+    """The OpenMP libraries mapped into this process; more than one would mean two thread pools."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    found = re.findall(r"/\S*/lib(?:gomp|iomp|omp)[^/\s]*\.so\S*", maps.read_text())
+    return sorted(set(found))
+
+
+def _cpu() -> Section:
+    missing = cpu.unavailable()
+    paths = () if missing else cpu.isas()
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} logical cores",
+        "library": missing or str(library.path("cpu")),
+        "paths": ", ".join([f"{paths[0]} (in use)", *paths[1:]]) if paths else "none",
+        "OpenMP": ", ".join(_openmp_runtimes()) or "none loaded",
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+    }
+
+
+def _cuda() -> Section:
+    opened = library.load("cuda")
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "library": opened if isinstance(opened, str) else str(library.path("cuda")),
+        "torch": f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA",
+        "GPUs": "; ".join(
+            f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus
+        )
+        or "none that torch can see",
+    }
+
+
+def report() -> dict[str, Section]:
+    """Versions, libraries, devices and backends, as `python -m fused_optim info` prints them.
+
+    Returns:
+        Sections by title; each maps a label to its text. A backend that cannot run has the reason and the
+        remedy there.
+
+    Example:
+        >>> from fused_optim.info import report
+        >>> report()["backends"]["reference"]
+        'ready'
+    """
+    # The native libraries come first: the section on the CPU shows which OpenMP runtime they found.
+    backends = {name: missing or "ready" for name, missing in dispatch.available().items()}
+    return {
+        "versions": {
+            "fused_optim": _version("fused_optim"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        },
+        "CPU": _cpu(),
+        "CUDA": _cuda(),
+        "backends": backends,
+    }
+
+
+def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def info() -> str:
+    """The text of `python -m fused_optim info`."""
+    lines: list[str] = []
+    for title, section in report().items():
+        lines += [title, *(f"  {line}" for line in _columns(section.items()))]
+    return "\n".join(lines)
+
+
+def catalogue() -> str:
+    """The text of `python -m fused_optim list`: every rule and codec with its bytes per parameter.
+
+    Example:
+        >>> from fused_optim.info import catalogue
+        >>> print(catalogue().splitlines()[0])
+        Rules: bytes per parameter of the states, by the codec that stores them
+    """
+    stored = [codec for codec in CODECS.values() if codec.compute == "float32"]
+    rules = [("rule", *(codec.name for codec in stored), "states")] + [
+        (
+            rule.name,
+            *(f"{len(rule.slots) * codec.bytes_per_value:g}" for codec in stored),
+            ", ".join(slot.name for slot in rule.slots) or "none",
+        )
+        for rule in RULES.values()
+    ]
+    codecs = [("codec", "bytes", "error", "planes")] + [
+        (
+            codec.name,
+            f"{codec.bytes_per_value:g}",
+            f"{codec.relative_error:.1g}" if codec.relative_error else "0",
+            ", ".join(plane.dtype for plane in codec.planes),
+        )
+        for codec in CODECS.values()
+    ]
+    return "\n".join(
+        [
+            "Rules: bytes per parameter of the states, by the codec that stores them",
+            *(f"  {line}" for line in _columns(rules)),
+            "Codecs: bytes per value, largest relative error of encoding, tensors in memory",
+            *(f"  {line}" for line in _columns(codecs)),
+            "Any rule works with any codec for the parameters and for each of its states.",
+        ]
+    )

@@ -1,0 +1,179 @@
+"""What the tests run over: the product of the catalogues, the targets, tensors with every special value.
+
+A new rule or codec in the catalogues is tested without an edit here or in any test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.spec import Codec, Rule
+
+SIZES = (0, 1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097)
+SMALL_SIZES = (0, 1, 15, 16, 17, 255, 256, 257)
+FLOATS = [codec for codec in CODECS.values() if codec.compute == "float32"]
+DTYPES = {codec.name: getattr(torch, codec.planes[0].dtype) for codec in CODECS.values()}
+
+
+class Target(NamedTuple):
+    """A backend on a kind of device."""
+
+    backend: str
+    device: str
+
+
+_COMPILED = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1"
+NATIVE = pytest.param(Target("native", "cpu"), id="native")
+INTERPRETER = pytest.param(
+    Target("triton", "cpu"),
+    id="triton_interpreter",
+    marks=pytest.mark.skipif(_COMPILED, reason="Triton compiles for the GPU in this process"),
+)
+GPU = [
+    pytest.param(Target(backend, "cuda"), id=f"{backend}_gpu", marks=pytest.mark.gpu)
+    for backend in ("triton", "cuda")
+]
+REFERENCE = pytest.param(Target("reference", "cpu"), id="reference")
+TARGETS = [NATIVE, INTERPRETER, *GPU]
+EVERY_TARGET = [REFERENCE, *TARGETS]
+
+
+class Case(NamedTuple):
+    """A rule and the storage of everything that it touches."""
+
+    rule: Rule
+    param: Codec
+    grad: Codec
+    states: tuple[Codec, ...]
+
+    @property
+    def id(self) -> str:
+        states = "_".join(codec.name for codec in self.states) or "none"
+        return f"{self.rule.name}-p_{self.param.name}-g_{self.grad.name}-s_{states}"
+
+
+def all_cases(rules: Iterable[Rule] = RULES.values()) -> list[Case]:
+    """Every rule with every storage of parameter, gradient and each state."""
+    return [
+        Case(rule, param, grad, states)
+        for rule in rules
+        for param, grad, *states_list in itertools.product(FLOATS, repeat=2 + len(rule.slots))
+        for states in [tuple(states_list)]
+    ]
+
+
+def _pairs(case: Case) -> set[tuple[int, str, int, str]]:
+    codecs = [(i, codec.name) for i, codec in enumerate((case.param, case.grad, *case.states))]
+    return {(*a, *b) for a, b in itertools.combinations(codecs, 2)}
+
+
+def pairwise_cases() -> list[Case]:
+    """The fewest cases, found greedily, in which any two storages of a rule meet."""
+    chosen = []
+    for rule in RULES.values():
+        cases = all_cases([rule])
+        missing = set().union(*map(_pairs, cases))
+        while missing:
+            best = max(cases, key=lambda case: len(_pairs(case) & missing))
+            missing -= _pairs(best)
+            chosen.append(best)
+    return chosen
+
+
+def main_cases() -> list[Case]:
+    """What people train with: everything in one format, or narrow parameters with fp32 states."""
+    storages = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
+    return [
+        Case(rule, CODECS[param], CODECS[param], (CODECS[state],) * len(rule.slots))
+        for rule in RULES.values()
+        for param, state in (storages if rule.slots else storages[::2] + storages[3:])
+    ]
+
+
+def hypers(rule: Rule) -> list[dict[str, Any]]:
+    """Two parameter groups whose options reach every scalar of a rule's row."""
+    betas = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "dampening": 0.25, "nesterov": False}
+    first = {"lr": 0.01, "weight_decay": 0.1, "maximize": False, "decoupled_weight_decay": True, **betas}
+    coupled = {"lr": 0.003, "weight_decay": 0.02, "maximize": True, "decoupled_weight_decay": False}
+    second = {**first, **coupled, "betas": (0.4, 0.999), "dampening": 0.0, "nesterov": True}
+    return [first, second]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The memory of every element as an integer, with all NaNs made one."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    raw = tensor.contiguous().view(_BITS[tensor.element_size()])
+    return torch.where(tensor.isnan(), -1, raw) if tensor.is_floating_point() else raw
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
+    """Fails with the first elements that differ."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} instead of {expected.shape}"
+    a, b = bits(actual), bits(expected)
+    if torch.equal(a, b):
+        return
+    where = (a != b).nonzero()[:4].tolist()
+    shown = [
+        (
+            i,
+            actual.detach().cpu()[tuple(i[: actual.ndim])].item(),
+            expected.cpu()[tuple(i[: actual.ndim])].item(),
+        )
+        for i in where
+    ]
+    count = int((a != b).sum())
+    raise AssertionError(f"{what}: {count} of {a.numel()} differ; (index, actual, expected): {shown}")
+
+
+def normal(shape: Sequence[int] | int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Gaussian values over several orders of magnitude."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-3, 1, shape)
+    return torch.as_tensor(values).to(dtype)
+
+
+def wild(numel: int, dtype: torch.dtype, seed: int, step: int = 1) -> Tensor:
+    """Gradients with NaN of many payloads, infinities, denormals, zeros of both signs and huge values.
+
+    Non-finite values keep to their own elements, so that the others stay comparable for many steps.
+    """
+    return _wild(numel, dtype, seed, step).clone()
+
+
+@cache
+def _wild(numel: int, dtype: torch.dtype, seed: int, step: int) -> Tensor:
+    values = normal(numel, dtype, 1000 * seed + step)
+    rng, lanes = np.random.default_rng(seed + 7919 * step), torch.arange(numel)
+    info, inf = torch.finfo(dtype), float("inf")
+    smallest = info.smallest_normal
+    finite = [0.0, -0.0, smallest, -smallest / 4, smallest / 64, info.max, -info.max, 1e-40, 1e-22, 1e20]
+
+    def draw(lane: int, period: int, choices: list[float]) -> None:
+        mine = lanes % period == lane
+        values[mine] = torch.as_tensor(rng.choice(choices, int(mine.sum())), dtype=torch.float64).to(dtype)
+
+    draw(5, 13, finite)
+    draw(11, 41, [inf, -inf, 1.0, info.max])
+    draw(0 if step % 3 else 1, 62, [float("nan")])
+    raw, nans = values.view(_BITS[dtype.itemsize]), values.isnan()
+    # A quiet NaN's own bits with some of the lower ones and the sign flipped is a NaN still.
+    raw[nans] ^= torch.as_tensor(rng.integers(0, 60, int(nans.sum()))).to(raw.dtype)
+    raw[nans] |= torch.as_tensor(rng.choice([0, torch.iinfo(raw.dtype).min], int(nans.sum()))).to(raw.dtype)
+    return values

@@ -1,7 +1,7 @@
 // How values live in memory. A codec is one struct and one line in FO_CODECS.
 //
 // `at.get<T>(plane)` reads the bits of the values at hand from one of the codec's planes, `at.put` writes
-// them; `bytes` says how wide an element of each plane is. Encoding rounds to nearest, ties to even.
+// them; `bytes(plane)` is the width of an element. Encoding rounds to nearest, ties to even.
 #pragma once
 
 #include "pack.h"
@@ -9,7 +9,8 @@
 namespace {
 
 struct fp32 {
-  static constexpr int bytes[] = {4};
+  static constexpr int planes = 1;
+  static constexpr FO_ANYWHERE int bytes(int) { return 4; }
 
   template <class At>
   static FO_INLINE F decode(At at) {
@@ -22,7 +23,8 @@ struct fp32 {
 };
 
 struct bf16 {
-  static constexpr int bytes[] = {2};
+  static constexpr int planes = 1;
+  static constexpr FO_ANYWHERE int bytes(int) { return 2; }
 
   template <class At>
   static FO_INLINE F decode(At at) {
@@ -30,15 +32,13 @@ struct bf16 {
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
-    U bits = as_bits(x);
-    U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    // Rounding could carry a NaN's payload into infinity; setting the quiet bit keeps it a NaN.
-    at.put(0, narrow(select(x != x, bits | 0x400000u, rounded) >> 16));
+    at.put(0, float_to_bfloat(x));
   }
 };
 
 struct fp16 {
-  static constexpr int bytes[] = {2};
+  static constexpr int planes = 1;
+  static constexpr FO_ANYWHERE int bytes(int) { return 2; }
 
   template <class At>
   static FO_INLINE F decode(At at) {
@@ -72,22 +72,5 @@ FO_INLINE auto with_codec(int id, Visit visit) {
   }
   __builtin_unreachable();
 }
-
-template <class Codec>
-constexpr int planes_of = sizeof(Codec::bytes) / sizeof(int);
-
-#define FO_MORE_PLANES(codec) planes = planes_of<codec> > planes ? planes_of<codec> : planes;
-constexpr int most_planes() {
-  int planes = 1;
-  FO_CODECS(FO_MORE_PLANES)
-  return planes;
-}
-#undef FO_MORE_PLANES
-
-// One value of an element in memory: a codec and where its planes begin.
-struct Slot {
-  int codec;
-  char* planes[most_planes()];
-};
 
 }  // namespace

@@ -4,9 +4,8 @@
 
 #include <memory>
 
-#include "codecs.h"
 #include "isa.h"
-#include "rules.h"
+#include "slot.h"
 
 #define FO_API extern "C" __attribute__((visibility("default")))
 
@@ -72,14 +71,6 @@ void share(int64_t units, int64_t least, int threads, Work work) {
   }
 }
 
-#define FO_NAME(type) #type,
-#define FO_SLOTS(rule) rule::slots,
-constexpr const char* rule_names[] = {FO_RULES(FO_NAME) nullptr};
-constexpr const char* codec_names[] = {FO_CODECS(FO_NAME) nullptr};
-constexpr int slot_counts[] = {FO_RULES(FO_SLOTS)};
-
-bool known_codec(int codec) { return 0 <= codec && codec < CODEC_COUNT; }
-
 }  // namespace
 
 FO_API int fused_optim_cpu_abi() { return ABI; }
@@ -95,10 +86,7 @@ FO_API int fused_optim_cpu_runs(int isa) { return isas()[isa].runs_here; }
 FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* table, int64_t n,
                                 const float* rows, int64_t row_length, const int64_t* layouts, int threads,
                                 int isa) {
-  if (rule < 0 || rule >= RULE_COUNT) return UNKNOWN_RULE;
-  for (int i = 0; i < 2 + slot_counts[rule]; ++i) {
-    if (!known_codec(codecs[i])) return UNKNOWN_CODEC;
-  }
+  if (Error error = check_ids(rule, codecs)) return error;
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
   Step step{rule, codecs, {table, n}, rows, row_length, layouts};
@@ -110,7 +98,7 @@ FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* 
 // Writes to `sum` the sum of squares of the gradients in `column`: the same bits for any number of threads.
 FO_API int fused_optim_cpu_square_sum(int codec, int column, const int64_t* table, int64_t n,
                                       const int64_t* layouts, int threads, int isa, double* sum) {
-  if (!known_codec(codec)) return UNKNOWN_CODEC;
+  if (codec < 0 || codec >= CODEC_COUNT) return UNKNOWN_CODEC;
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
   Gradients gradients{codec, column, {table, n}, layouts};

@@ -35,7 +35,9 @@ enable_language(CUDA)
 # Both arithmetics come from one source: exact rounds every operation, fast may fuse and approximate.
 set(arithmetic_flags_exact -fmad=false)
 set(arithmetic_flags_fast -fmad=true -prec-div=false -prec-sqrt=false -ftz=false)
-add_library(fused_optim_cuda SHARED)
+add_library(fused_optim_cuda SHARED cuda.cu)
+target_compile_options(fused_optim_cuda PRIVATE -fmad=false -Xcompiler=-Wall,-Wextra
+  $<$<BOOL:${FUSED_OPTIM_PTXAS_VERBOSE}>:-Xptxas=-v> $<$<BOOL:${FUSED_OPTIM_WERROR}>:-Werror=all-warnings>)
 foreach(arithmetic exact fast)
   set(target step_cuda_${arithmetic})
   add_library(${target} OBJECT step_cuda.cu)

@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
+#include "inline.h"
+
 #ifdef __CUDACC__
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#define FO_INLINE __device__ __forceinline__
-#define FO_LAMBDA
 
 namespace {
 
@@ -25,6 +25,7 @@ FO_INLINE U as_bits(F x) { return __float_as_uint(x); }
 FO_INLINE F as_float(U x) { return __uint_as_float(x); }
 FO_INLINE U widen(H x) { return x; }
 FO_INLINE H narrow(U x) { return static_cast<H>(x); }
+FO_INLINE H float_to_bfloat(F x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 FO_INLINE F half_to_float(H x) { return __half2float(__ushort_as_half(x)); }
 FO_INLINE H float_to_half(F x) { return __half_as_ushort(__float2half_rn(x)); }
 
@@ -37,9 +38,6 @@ FO_INLINE H float_to_half(F x) { return __half_as_ushort(__float2half_rn(x)); }
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
-
-#define FO_INLINE inline __attribute__((always_inline))
-#define FO_LAMBDA __attribute__((always_inline))
 
 namespace {
 
@@ -139,6 +137,13 @@ FO_INLINE F sqrt(F x) {
   FO_EACH_PART for (int lane = 0; lane < LANES / PARTS; ++lane) x.part[i][lane] = sqrtf(x.part[i][lane]);
 #endif
   return x;
+}
+
+FO_INLINE H float_to_bfloat(F x) {
+  // Not AVX-512's own conversion: that one takes denormals for zero.
+  U bits = as_bits(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  // Rounding could carry a NaN's payload into infinity; setting the quiet bit keeps it a NaN.
+  return narrow(select(x != x, bits | 0x400000u, rounded) >> 16);
 }
 
 #if defined(__AVX512F__)

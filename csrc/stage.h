@@ -1,8 +1,7 @@
 // Elements that are no full vector in memory: the end of a tensor, and strided tensors.
 #pragma once
 
-#include "codecs.h"
-#include "table.h"
+#include "slot.h"
 
 namespace {
 
@@ -13,8 +12,8 @@ class Odometer {
     for (int dim = dims_ - 1; dim >= 0; --dim) {
       coordinates_[dim] = element % layout.size(dim);
       element /= layout.size(dim);
-      param_ += coordinates_[dim] * layout.param_stride(dim);
-      grad_ += coordinates_[dim] * layout.grad_stride(dim);
+      param_ += coordinates_[dim] * layout.param_strides()[dim];
+      grad_ += coordinates_[dim] * layout.grad_strides()[dim];
     }
   }
 
@@ -30,12 +29,12 @@ class Odometer {
  private:
   void advance() {
     for (int dim = dims_ - 1; dim >= 0; --dim) {
-      param_ += layout_.param_stride(dim);
-      grad_ += layout_.grad_stride(dim);
+      param_ += layout_.param_strides()[dim];
+      grad_ += layout_.grad_strides()[dim];
       if (++coordinates_[dim] < layout_.size(dim)) return;
       coordinates_[dim] = 0;
-      param_ -= layout_.size(dim) * layout_.param_stride(dim);
-      grad_ -= layout_.size(dim) * layout_.grad_stride(dim);
+      param_ -= layout_.size(dim) * layout_.param_strides()[dim];
+      grad_ -= layout_.size(dim) * layout_.grad_strides()[dim];
     }
   }
 
@@ -101,7 +100,7 @@ class Stage {
   template <class Visit>
   static void each_plane(const Slot& home, Visit visit) {
     with_codec(home.codec, [&](auto codec) {
-      for (int plane = 0; plane < planes_of<decltype(codec)>; ++plane) visit(plane, codec.bytes[plane]);
+      for (int plane = 0; plane < codec.planes; ++plane) visit(plane, codec.bytes(plane));
     });
   }
 

@@ -1,7 +1,5 @@
 // A step and a sum of squares over a range of elements, compiled once per instruction set (FO_ISA).
-#include "codecs.h"
 #include "isa.h"
-#include "rules.h"
 #include "stage.h"
 
 namespace {
@@ -66,15 +64,6 @@ struct Slots {
     for (int slot = 0; slot < Rule::slots; ++slot) state_lanes[slot].put_back(states[slot], in_states);
   }
 };
-
-Slot take(int codec, const Table& table, int64_t tensor, int& column) {
-  Slot slot{codec, {}};
-  with_codec(codec, [&](auto c) {
-    for (int plane = 0; plane < planes_of<decltype(c)>; ++plane)
-      slot.planes[plane] = table.plane(column++, tensor);
-  });
-  return slot;
-}
 
 template <class Rule>
 Slots<Rule> slots_of(const Step& step, int64_t tensor) {

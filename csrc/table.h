@@ -3,12 +3,7 @@
 
 #include <cstdint>
 
-// Inlined always: a copy compiled for one instruction set must not serve the others.
-#ifdef __CUDACC__
-#define FO_ANYWHERE __host__ __device__ __forceinline__
-#else
-#define FO_ANYWHERE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fo {
 
@@ -40,8 +35,8 @@ struct Layout {
 
   FO_ANYWHERE int dims() const { return static_cast<int>(record[0]); }
   FO_ANYWHERE int64_t size(int dim) const { return record[1 + dim]; }
-  FO_ANYWHERE int64_t param_stride(int dim) const { return record[1 + MAX_DIMS + dim]; }
-  FO_ANYWHERE int64_t grad_stride(int dim) const { return record[1 + 2 * MAX_DIMS + dim]; }
+  FO_ANYWHERE const int64_t* param_strides() const { return record + 1 + MAX_DIMS; }
+  FO_ANYWHERE const int64_t* grad_strides() const { return record + 1 + 2 * MAX_DIMS; }
 };
 
 enum Error { OK, UNKNOWN_RULE, UNKNOWN_CODEC, UNKNOWN_ISA };

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
@@ -58,7 +58,7 @@ def isas() -> tuple[str, ...]:
 
 
 @contextmanager
-def _forced_isa(name: str) -> Iterator[None]:
+def _forced_isa(name: str) -> Generator[None]:
     """Runs another path than the best one: for tests."""
     cpu = _cpu()
     before, cpu.isa = cpu.isa, cpu.isas[name]
@@ -66,10 +66,6 @@ def _forced_isa(name: str) -> Iterator[None]:
         yield
     finally:
         cpu.isa = before
-
-
-def _layouts(bucket: Bucket) -> int | None:
-    return bucket.layouts.data_ptr() if bucket.layouts is not None else None
 
 
 def _check(error: int, bucket: Bucket) -> None:
@@ -90,7 +86,7 @@ def step(bucket: Bucket) -> None:
         table.shape[1],
         rows.data_ptr(),
         rows.shape[1],
-        _layouts(bucket),
+        library.layouts_of(bucket),
         torch.get_num_threads(),
         cpu.isa,
     )
@@ -106,7 +102,7 @@ def square_sum(bucket: Bucket) -> Tensor:
         table.shape[0] - 1,
         table.data_ptr(),
         table.shape[1],
-        _layouts(bucket),
+        library.layouts_of(bucket),
         torch.get_num_threads(),
         cpu.isa,
         total.data_ptr(),

@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Its OpenMP runtime must be in the process first: the library then uses that one and not a second.
-import torch  # noqa: F401
+import torch
 
 ABI = 1
 """Equals ``ABI`` in csrc/table.h."""
@@ -57,12 +56,19 @@ class Library:
         return (ctypes.c_int32 * len(ids))(*ids)
 
 
+def layouts_of(bucket: Any) -> int | None:
+    """The address of the bucket's layouts, if its tensors are strided."""
+    return bucket.layouts.data_ptr() if bucket.layouts is not None else None
+
+
 @cache
 def load(kind: str) -> Library | str:
     """The library for "cpu" or "cuda", or what is missing and how to get it."""
     file = path(kind)
     if file is None:
         return f"libfused_optim_{kind}.so was not built; install {_NEEDS[kind]}, then {_REBUILD}"
+    # A library linked to OpenMP uses the runtime that is in the process already: torch's, so import it first.
+    assert torch.__version__
     try:
         handle = ctypes.CDLL(str(file))
         abi = handle[f"fused_optim_{kind}_abi"]()

@@ -1,0 +1,158 @@
+// How a CUDA thread holds the raw bits of its elements, and moves them between memory and registers.
+#pragma once
+
+#include "slot.h"
+
+namespace {
+
+constexpr int THREADS = 256;
+// More than one round, because reading a tile's description takes three loads that wait for each other.
+constexpr int ROUNDS = 2;
+
+// Registers that COUNT elements of a plane fill.
+template <class Codec, int COUNT>
+constexpr FO_ANYWHERE int words_of(int plane) {
+  return (Codec::bytes(plane) * COUNT + 3) / 4;
+}
+template <class Codec, int COUNT>
+constexpr FO_ANYWHERE int words_before(int plane) {
+  return plane == 0 ? 0 : words_before<Codec, COUNT>(plane - 1) + words_of<Codec, COUNT>(plane - 1);
+}
+template <int COUNT>
+constexpr int most_words() {
+  int most = 0, words = 0;
+#define FO_MORE(codec)                               \
+  words = words_before<codec, COUNT>(codec::planes); \
+  most = words > most ? words : most;
+  FO_CODECS(FO_MORE)
+#undef FO_MORE
+  return most;
+}
+
+// The bits of COUNT elements as they are in memory, plane after plane.
+template <int COUNT>
+struct Words {
+  uint32_t word[most_words<COUNT>()];
+};
+
+// One of those elements, as a codec sees it.
+template <class Codec, int COUNT>
+struct Element {
+  Words<COUNT>& words;
+  int element;
+
+  template <class T>
+  FO_INLINE T get(int plane) const {
+    return static_cast<T>(word<T>(plane) >> shift<T>());
+  }
+  // Elements that share a word must be put in rising order.
+  template <class T>
+  FO_INLINE void put(int plane, T bits) const {
+    uint32_t before = shift<T>() == 0 ? 0 : word<T>(plane);
+    word<T>(plane) = before | static_cast<uint32_t>(bits) << shift<T>();
+  }
+
+ private:
+  template <class T>
+  FO_INLINE int shift() const {
+    return element * sizeof(T) * 8 % 32;
+  }
+  template <class T>
+  FO_INLINE uint32_t& word(int plane) const {
+    return words.word[words_before<Codec, COUNT>(plane) + element * sizeof(T) / 4];
+  }
+};
+
+template <int COUNT>
+FO_INLINE void decode(int codec, Words<COUNT>& words, F* values) {
+  with_codec(codec, [&](auto c) {
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e) values[e] = c.decode(Element<decltype(c), COUNT>{words, e});
+  });
+}
+template <int COUNT>
+FO_INLINE void encode(int codec, const F* values, Words<COUNT>& words) {
+  with_codec(codec, [&](auto c) {
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e) c.encode(values[e], Element<decltype(c), COUNT>{words, e});
+  });
+}
+
+enum Direction { FETCH, PUT };
+
+template <Direction direction, class Bits>
+FO_INLINE void move(char* memory, uint32_t* words) {
+  Bits bits;
+  if (direction == FETCH) {
+    bits = *reinterpret_cast<const Bits*>(memory);
+    memcpy(words, &bits, sizeof bits);
+  } else {
+    memcpy(&bits, words, sizeof bits);
+    *reinterpret_cast<Bits*>(memory) = bits;
+  }
+}
+
+// Two groups of four neighbouring elements, `gap` apart, in planes that start on 16 bytes. The groups of a
+// warp are neighbours as well, so that each of its accesses covers whole cache lines.
+struct Groups {
+  static constexpr int COUNT = 8;
+  int64_t first;
+  int64_t gap;
+
+  template <Direction direction, int BYTES>
+  FO_INLINE void plane(char* memory, uint32_t* words) const {
+    if (BYTES == 4) {
+      move<direction, uint4>(memory + first * 4, words);
+      move<direction, uint4>(memory + (first + gap) * 4, words + 4);
+    } else if (gap == 4) {
+      move<direction, uint4>(memory + first * 2, words);
+    } else {
+      move<direction, uint2>(memory + first * 2, words);
+      move<direction, uint2>(memory + (first + gap) * 2, words + 2);
+    }
+  }
+};
+
+// One element, of a plane without alignment.
+struct Single {
+  static constexpr int COUNT = 1;
+  int64_t offset;
+
+  template <Direction direction, int BYTES>
+  FO_INLINE void plane(char* memory, uint32_t* words) const {
+    if (BYTES == 4) {
+      move<direction, uint32_t>(memory + offset * 4, words);
+    } else {
+      move<direction, uint16_t>(memory + offset * 2, words);
+    }
+  }
+};
+
+template <Direction direction, class Where>
+FO_INLINE void move(const Slot& slot, const Where& where, Words<Where::COUNT>& words) {
+  with_codec(slot.codec, [&](auto c) {
+    using Codec = decltype(c);
+#pragma unroll
+    for (int plane = 0; plane < Codec::planes; ++plane) {
+      uint32_t* bits = words.word + words_before<Codec, Where::COUNT>(plane);
+      if (Codec::bytes(plane) == 4) where.template plane<direction, 4>(slot.planes[plane], bits);
+      if (Codec::bytes(plane) == 2) where.template plane<direction, 2>(slot.planes[plane], bits);
+    }
+  });
+}
+
+// Elements of a block in one round of Groups, and of a block.
+constexpr int ROUND = THREADS * Groups::COUNT;
+constexpr int TILE = ROUND * ROUNDS;
+
+FO_INLINE int64_t offset(fo::Layout layout, const int64_t* strides, int64_t i) {
+  int64_t offset = 0;
+  for (int dim = layout.dims() - 1; dim >= 0; --dim) {
+    int64_t size = layout.size(dim), rest = i / size;
+    offset += (i - rest * size) * strides[dim];
+    i = rest;
+  }
+  return offset;
+}
+
+}  // namespace

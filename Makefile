@@ -20,7 +20,7 @@ help:
 	@echo 'make clean     remove the virtual environment and everything that was built'
 
 test: $(VENV)/.test
-	@$(python) -m pytest -n $(WORKERS) --benchmark-disable $(ARGS)
+	@$(python) -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable $(ARGS)
 
 pretrain: $(VENV)/.pretrain
 	@$(python) -m fused_optim pretrain $(ARGS)

@@ -12,23 +12,10 @@ usage: python -m fused_optim COMMAND [options]
   list      rules and codecs with their bytes per parameter
   pretrain  train a small Llama on real text (python -m fused_optim pretrain --help)"""
 
-_PRETRAIN_NEEDS = {"transformers", "tqdm", "rich", "matplotlib"}
-
 
 def _fail(message: str) -> int:
     print(f"{message}\n\n{USAGE}", file=sys.stderr)
     return 2
-
-
-def _pretrain(options: Sequence[str]) -> int:
-    try:
-        from .training import pretrain
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _PRETRAIN_NEEDS:
-            raise
-        print(f"pretrain needs {error.name}: pip install 'fused_optim[pretrain]'", file=sys.stderr)
-        return 1
-    return pretrain.main(options)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     if command == "pretrain":
-        return _pretrain(options)
+        from .training import pretrain
+
+        return pretrain.main(options)
     if command not in ("info", "list"):
         return _fail(f"unknown command {command!r}: the commands are info, list and pretrain")
     if options:

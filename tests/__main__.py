@@ -21,7 +21,7 @@ COMMANDS = {
     "types": ["pyright", "--pythonpath", sys.executable],
     "cpp": ["clang-format", "--dry-run", "--Werror"],
     "examples": ["pytest", "--quiet", "-p", "no:cacheprovider", "tests/test_examples.py"],
-    "pytest": ["pytest", "--quiet", "-n", "2", "--benchmark-disable"],
+    "pytest": ["pytest", "--quiet", "-n", "2", "--dist", "loadgroup", "--benchmark-disable"],
 }
 
 

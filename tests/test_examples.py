@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,14 @@ def test_docstring_examples(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
 def test_document_examples(path: Path) -> None:
-    """A code fence ends an example's expected output, as a blank line does."""
-    text = "\n".join("" if line.startswith("```") else line for line in path.read_text().splitlines())
-    test = doctest.DocTestParser().get_doctest(text, {}, path.name, str(path), 0)
-    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+    """Python blocks run one after the other in one namespace; those with prompts print what they say."""
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+        test = doctest.DocTestParser().get_doctest(block, names, path.name, str(path), 0)
+        if test.examples:
+            assert (
+                doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, clear_globs=False).failed == 0
+            )
+            names.update(test.globs)
+        else:
+            exec(compile(block, str(path), "exec"), names)

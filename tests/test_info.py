@@ -1,0 +1,97 @@
+"""The command line's ``info`` and ``list``, and what it says when it is called wrongly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_optim
+from fused_optim import info
+from fused_optim.__main__ import main
+from fused_optim.kernels import dispatch
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.native import cpu, library
+from fused_optim.kernels.rules import RULES
+
+
+def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_info_shows_versions_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    text = _printed(capsys, "info")
+    assert re.search(rf"^  fused_optim +{re.escape(fused_optim.__version__)}$", text, re.MULTILINE)
+    assert re.search(rf"^  torch +{re.escape(torch.__version__)}$", text, re.MULTILINE)
+    assert str(library.path("cpu")) in text
+    assert f"{cpu.isas()[0]} (in use)" in text
+    assert re.search(rf"^  threads +{torch.get_num_threads()} ", text, re.MULTILINE)
+
+
+def test_info_names_every_backend_with_what_it_lacks() -> None:
+    backends = info.report()["backends"]
+    assert list(backends) == [name for name in dispatch.BACKENDS if name != "auto"]
+    for name, missing in dispatch.available().items():
+        assert backends[name] == (missing or "ready")
+
+
+def test_info_says_how_to_get_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = "libfused_optim_cpu.so was not built; install g++"
+    monkeypatch.setattr(cpu, "unavailable", lambda: remedy)
+    report = info.report()
+    assert report["CPU"]["library"] == remedy
+    assert report["CPU"]["paths"] == "none"
+    assert report["backends"]["native"] == remedy
+
+
+def test_info_shows_one_openmp_runtime() -> None:
+    """In a process of its own: what other tests import must not count."""
+    code = "from fused_optim import info; print(info.report()['CPU']['OpenMP'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (runtime,) = done.stdout.strip().split(", ")
+    assert Path(runtime).name.startswith("libgomp")
+
+
+def test_list_gives_the_bytes_of_the_catalogues(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _printed(capsys, "list").splitlines()
+    rows = {cells[0]: cells[1:] for cells in map(str.split, lines)}
+    stored = rows["rule"][:-1]
+    for rule in RULES.values():
+        shown = dict(zip(stored, map(float, rows[rule.name][: len(stored)]), strict=True))
+        assert shown == {name: len(rule.slots) * CODECS[name].bytes_per_value for name in stored}
+    for codec in CODECS.values():
+        assert float(rows[codec.name][0]) == codec.bytes_per_value
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_names_every_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    text = _printed(capsys, *arguments)
+    assert all(f"\n  {command} " in text for command in ("info", "list", "pretrain"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inof",), "unknown command 'inof': the commands are info, list and pretrain"),
+        (("info", "--verbose"), "info takes no options, got --verbose"),
+        (("list", "adam"), "list takes no options, got adam"),
+    ],
+)
+def test_wrong_call_is_refused(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message)
+    assert "usage: python -m fused_optim" in printed.err
+    assert not printed.out
+
+
+def test_pretrain_gets_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--no-such-option"]) == 2
+    assert "--no-such-option" in capsys.readouterr().err

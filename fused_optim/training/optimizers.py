@@ -1,0 +1,78 @@
+"""The optimizers of ``pretrain``, each beside torch's class of the same name, and the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import fused_optim
+
+from .model import decay_groups
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our class, torch's, and what suits the rule; ``lr_factor`` multiplies the preset's lr for AdamW."""
+
+    ours: Callable[..., torch.optim.Optimizer]
+    theirs: Callable[..., torch.optim.Optimizer] | None
+    moments: str
+    default_moments: Any
+    lr_factor: float
+    weight_decay: float
+
+
+OPTIMIZERS = {
+    "adamw": Pair(fused_optim.AdamW, torch.optim.AdamW, "betas", [0.9, 0.95], 1.0, 0.1),
+    "adam": Pair(fused_optim.Adam, torch.optim.Adam, "betas", [0.9, 0.95], 1.0, 0.0),
+    "lion": Pair(fused_optim.Lion, None, "betas", [0.9, 0.98], 0.1, 1.0),
+    "sgd": Pair(fused_optim.SGD, torch.optim.SGD, "momentum", 0.9, 100.0, 0.0),
+}
+"""Lion's sign makes its updates larger than Adam's: a tenth of the lr, ten times the decay."""
+
+
+def label(contender: str, optimizer: str) -> str:
+    """How a contender is called in tables and figures."""
+    pair = OPTIMIZERS[optimizer]
+    return f"{contender} {getattr(pair.ours, '__name__', optimizer)}"
+
+
+def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The optimizer of one side of the comparison, over the model's two parameter groups.
+
+    Raises:
+        ValueError: options that the optimizer refuses.
+    """
+    pair = OPTIMIZERS[config.optimizer]
+    groups = decay_groups(model, config.weight_decay)
+    moments = {"betas": tuple(config.betas)} if config.betas else {"momentum": config.momentum}
+    if contender == "torch":
+        assert pair.theirs is not None
+        return pair.theirs(groups, lr=config.lr, fused=True, **moments)
+    return pair.ours(
+        groups,
+        lr=config.lr,
+        state_codec=config.state_codec,
+        clip_grad_norm=config.clip_grad_norm,
+        backend=config.backend,
+        **moments,
+    )
+
+
+def wsd(step: int, steps: int, warmup: int, decay: int) -> float:
+    """Warmup–stable–decay: the factor on the learning rate in step ``step``, counted from 0.
+
+    Linear from ``1 / (warmup + 1)`` to 1, then 1, then linear to ``1 / (decay + 1)`` in the last step.
+    """
+    return min(1.0, (step + 1) / (warmup + 1), max(0, steps - step) / (decay + 1))
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: Any) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as torch runs it."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: wsd(step, config.steps, config.warmup_steps, config.decay_steps)
+    )

@@ -6,7 +6,8 @@ WORKERS ?= 2
 ARGS ?=
 
 python := $(VENV)/bin/python
-pip := $(python) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Bytecode is compiled as modules are imported: for all of torch and transformers that is most of an installation's time.
+pip := $(python) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 inputs := pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: help test pretrain check bench clean

@@ -56,6 +56,8 @@ def follows(state: Tensor, param: Tensor) -> bool:
     """Whether a state is dense and runs through memory in the parameter's order."""
     if state.shape != param.shape:
         return False
+    if state.numel() == 0:
+        return True
     expected = 1
     for dim in reversed(_memory_order(param)):
         if state.stride(dim) != expected:

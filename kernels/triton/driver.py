@@ -64,7 +64,7 @@ def _sources(*functions: Any) -> str:
 def _shared_constants(codecs: Sequence[Codec], strided: bool) -> tuple[Constants, Constants]:
     shape = launch_shape(codecs)
     constants = {"STRIDED": strided, "TILE": shape.tile, "CHUNK": shape.chunk, "VECTOR": shape.vector}
-    return constants, {"num_warps": shape.warps, "num_stages": 1}
+    return constants, {"num_warps": shape.warps, "num_stages": 1, "maxnreg": shape.registers}
 
 
 def step_constants(

@@ -1,0 +1,117 @@
+"""Reads compiled GPU kernels: memory traffic from PTX, resources and the executed path from SASS."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.v(\d+))?\.[a-z]+(\d+)\s")
+_BLOCK_END = re.compile(r"^\s*(?:\$L__BB\w+:|(?:@!?%\w+\s+)?bra\b|ret;)")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_RESOURCES = re.compile(r"(REG|STACK|LOCAL|SHARED):(\d+)")
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store instruction of global memory."""
+
+    store: bool
+    bytes: int
+
+
+def _blocks(ptx: str) -> Iterator[list[str]]:
+    block: list[str] = []
+    for line in ptx.splitlines():
+        if _BLOCK_END.match(line):
+            yield block
+            block = []
+        else:
+            block.append(line)
+    yield block
+
+
+def main_accesses(ptx: str) -> list[Access]:
+    """Accesses of a full tile: of the basic block that moves most, among those that store if any do."""
+    accesses = [
+        [Access(m[1] == "st", int(m[2] or 1) * int(m[3]) // 8) for m in map(_ACCESS.search, block) if m]
+        for block in _blocks(ptx)
+    ]
+    # A single store is a reduction's result.
+    return max(accesses, key=lambda b: (sum(a.store for a in b) > 1, sum(a.bytes for a in b)))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One SASS instruction; ``predicated`` ones may do nothing."""
+
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of global memory that it surely moves."""
+        if self.predicated or not self.opcode.startswith(("LDG.", "STG.")):
+            return 0
+        width = re.search(r"\.(8|16|U8|U16|64|128|256)\b", self.opcode)
+        return int(width[1].lstrip("U")) // 8 if width else 4
+
+    def successors(self, index: int, index_of: dict[int, int]) -> list[int]:
+        """Indices of what may follow, jumps back excepted; the one past the end stands for the exit."""
+        end = len(index_of)
+        if self.opcode.startswith("EXIT"):
+            return [end, index + 1] if self.predicated else [end]
+        if not self.opcode.startswith("BRA"):
+            return [] if self.opcode.startswith("RET") else [index + 1]
+        target = re.search(r"0x([0-9a-f]+)", self.operands)
+        jump = index_of.get(int(target[1], 16), -1) if target else -1
+        conditional = self.predicated or re.match(r"(\.\w+)?\s*!?U?P\d", self.operands)
+        return [i for i in (jump, *([index + 1] if conditional else [])) if i > index]
+
+
+def instructions(sass: str) -> list[Instruction]:
+    """The instructions of one kernel, its slow paths included, the padding at its end not."""
+    found = [Instruction(int(m[1], 16), bool(m[2]), m[3], m[4]) for m in _INSTRUCTION.finditer(sass)]
+    while found and (found[-1].opcode == "NOP" or found[-1].opcode.startswith("BRA")):
+        found.pop()
+    return found
+
+
+def executed_path(code: list[Instruction]) -> list[Instruction]:
+    """The shortest of the paths that move most memory: a full tile without rare cases.
+
+    Division and square root branch to a subroutine for denormals and overflow; the path goes past it.
+    """
+    index_of = {instruction.address: i for i, instruction in enumerate(code)}
+    end = len(code)
+    best: list[tuple[int, int] | None] = [None] * end + [(0, 0)]
+    following = [end] * end
+    for i in range(end - 1, -1, -1):
+        reachable = [(found, j) for j in code[i].successors(i, index_of) if (found := best[j]) is not None]
+        if reachable:
+            (moved, minus_length), following[i] = max(reachable)
+            best[i] = moved + code[i].bytes, minus_length - 1
+    path, i = [], 0
+    while i < end:
+        path.append(code[i])
+        i = following[i]
+    return path
+
+
+def disassemble(cubin: bytes, cuobjdump: str) -> tuple[str, dict[str, int]]:
+    """SASS text and resource usage (REG, STACK, LOCAL, SHARED) of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def dump(option: str) -> str:
+            command = [cuobjdump, option, str(path)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = dump("-res-usage")
+        return dump("-sass"), {name: int(value) for name, value in _RESOURCES.findall(usage)}

@@ -1,0 +1,215 @@
+"""What only the Triton driver can get wrong: rounding, strides, inactive rows, what it needs to run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_optim
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.spec import Rule
+from fused_optim.kernels.triton import driver
+from fused_optim.kernels.triton.budget import auto_exact, launch_shape
+from tests import cases
+from tests.arena import Bed
+from tests.cases import DTYPES, Case, Target, assert_same_bits, normal
+
+TARGETS = [cases.INTERPRETER, cases.GPU[0]]
+FP32 = CODECS["fp32"]
+
+
+def _bed(rule: str, codecs: tuple[str, ...], target: Target, sizes: list[int]) -> Bed:
+    param, *states, grad = (CODECS[name] for name in codecs)
+    return Bed(Case(RULES[rule], param, grad, tuple(states)), target, sizes)
+
+
+def _edges() -> Tensor:
+    """Every sign and exponent of an fp32 number with mantissas that round up, down and from a tie."""
+    upper = torch.arange(2**16, dtype=torch.int64)
+    upper = upper[(upper % 9 == 0) | (upper % 2**15 < 300) | (upper % 2**15 > 2**15 - 300)] << 16
+    lower = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    return (upper[:, None] | lower).flatten().to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("codec", ["bf16", "fp16"])
+def test_encode_rounds_to_nearest_even(codec: str, target: Target) -> None:
+    values = _edges()
+    bed = _bed("sgd_momentum", ("fp32", codec, "fp32"), target, [len(values)])
+    bed.step()
+    bucket = bed.bucket()
+    (index,) = [i for i, n in enumerate(bucket.numels) if n == len(values)]
+    # With parameters and states of -1 and these scalars the new state is the gradient, -0 included.
+    bucket.params[index].fill_(-1)
+    bucket.state_planes[index][0][0].fill_(-1)
+    owners = [member.param for member in bucket.members]
+    owners[index].grad.copy_(values)
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    driver.step(bucket)
+    assert_same_bits(bucket.state_planes[index][0][0], values.to(DTYPES[codec]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("codec", ["bf16", "fp16"])
+def test_decode_takes_every_code(codec: str, target: Target) -> None:
+    codes = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(DTYPES[codec])
+    bed = _bed("sgd", ("fp32", codec), target, [2**16])
+    bed.step()
+    bucket = bed.bucket()
+    (index,) = [i for i, n in enumerate(bucket.numels) if n == 2**16]
+    bucket.params[index].fill_(-0.0)
+    bucket.members[index].param.grad.copy_(codes)
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    driver.step(bucket)
+    assert_same_bits(bucket.params[index], codes.float())
+
+
+def _strided_pairs() -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...]]]:
+    """Views of a dense parameter and gradient that walk memory differently, and the shape to take them of."""
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+    def sliced(x: Tensor) -> Tensor:
+        return x[..., 1:, ::2]
+
+    def expanded(x: Tensor) -> Tensor:
+        return x[:1].expand_as(x)
+
+    def shuffled(x: Tensor) -> Tensor:
+        return x.permute(3, 1, 4, 0, 2).contiguous().permute(3, 1, 4, 0, 2)
+
+    return [
+        (same, transposed, (3, 700)),
+        (transposed, same, (1025, 5)),
+        (sliced, sliced, (4, 700)),
+        (same, expanded, (2, 2049)),
+        (same, shuffled, (3, 2, 5, 4, 7)),
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_strides(target: Target) -> None:
+    def train(device: str, backend: str) -> list[Tensor]:
+        params = []
+        for seed, (view_p, view_g, shape) in enumerate(_strided_pairs()):
+            param = view_p(normal(shape, torch.float32, seed).to(device)).detach().requires_grad_()
+            grad = view_g(normal(shape, torch.float32, 100 + seed).to(device))
+            param.grad = grad if grad.shape == param.shape else grad[: param.shape[0]]
+            params.append(param)
+        optimizer = fused_optim.AdamW(params, lr=0.1, backend=backend, arithmetic="exact")
+        for _ in range(2):
+            optimizer.step()
+        return [t for p in params for t in (p, optimizer.state[p]["exp_avg_sq"])]
+
+    actual, expected = train(target.device, target.backend), train("cpu", "reference")
+    for a, b in zip(actual, expected, strict=True):
+        assert a.stride() == b.stride()
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_inactive_rows_are_left_alone(target: Target) -> None:
+    bed = _bed("adam", ("bf16", "fp32", "fp32", "bf16"), target, [1, 257, 4097])
+    bed.step()
+    bucket = bed.bucket()
+    before = bed.snapshot()
+    asleep = 0
+    bucket.rows[asleep, 0] = 0.0
+    for member in bucket.members:
+        member.param.grad.fill_(float("nan"))
+    driver.step(bucket)
+    rows = {id(member): row for member, row in zip(bucket.members, bucket.row_indices, strict=True)}
+    changed = iter(zip(before, bed.named(), strict=True))
+    for member in bed.members:
+        old, (name, new) = next(changed)
+        if rows[id(member)] == asleep:
+            assert_same_bits(new, old, name)
+        else:
+            assert new.isnan().all(), name
+        for _ in member.state:
+            next(changed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+def test_square_sum(codec: str, target: Target) -> None:
+    bed = _bed("sgd", ("fp32", codec), target, [1, 17, 511, 513, 4096, 8193])
+    bed.step()
+    bucket = bed.bucket()
+    grads = [member.param.grad for member in bucket.members]
+    for seed, grad in enumerate(grads):
+        grad.copy_(normal(grad.numel(), grad.dtype, seed))
+    # Its square overflows fp32.
+    grads[-1][-1] = torch.finfo(grads[0].dtype).max
+    for _ in range(2):
+        total = driver.square_sum(bucket)
+        assert total.dtype == torch.float64
+        assert total.shape == ()
+        expected = sum(float(grad.double().square().sum()) for grad in grads)
+        assert float(total) == pytest.approx(expected, rel=1e-14)
+    for bad in (float("nan"), float("inf")):
+        grads[2][-1] = bad
+        assert not driver.square_sum(bucket).isfinite()
+
+
+def test_the_sum_of_squares_follows_strides() -> None:
+    if driver.unavailable("cpu"):
+        pytest.skip("Triton compiles for the GPU in this process")
+    param = torch.zeros(3, 700, requires_grad=True)
+    param.grad = normal((700, 3), torch.float32, 1).mT
+    optimizer = fused_optim.SGD([param], lr=1.0, clip_grad_norm=1.0, backend="triton")
+    optimizer.step()
+    torch.testing.assert_close(param.norm(), torch.tensor(1.0))
+
+
+class _SmoothBed(Bed):
+    """A bed whose gradients are ordinary numbers."""
+
+    def gradient(self, index: int, step: int) -> Tensor:
+        return normal(self._sizes[index][0], torch.float32, index)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_fast_is_within_two_ulp_of_exact(rule: Rule) -> None:
+    case = Case(rule, FP32, FP32, (FP32,) * len(rule.slots))
+    exact, fast = (_SmoothBed(case, Target("triton", "cuda"), [100_003]) for _ in range(2))
+    before = exact.snapshot()
+    fast.bucket().exact = False
+    exact.step()
+    fast.step()
+    for old, (name, a), (_, b) in zip(before, exact.named(), fast.named(), strict=True):
+        # An ulp of the largest number that was added up, since sums cancel; of a parameter's own update too.
+        floor = 0.05 if name.endswith("parameter") else 0.0
+        largest = torch.maximum(old.abs(), a.abs()).clamp(min=floor)
+        ulp = torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest
+        assert ((b - a).abs() <= 2 * ulp).all(), name
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    if driver.unavailable("cpu") is None:
+        assert "unset it" in str(driver.unavailable("cuda"))
+    else:
+        assert "TRITON_INTERPRET=1" in str(driver.unavailable("cpu"))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install" in str(driver.unavailable("cuda"))
+
+
+def test_launch_shapes() -> None:
+    fp32, bf16 = CODECS["fp32"], CODECS["bf16"]
+    assert launch_shape([fp32, bf16]).vector == 4
+    assert launch_shape([bf16, bf16]).vector == 8
+    for codecs in ([fp32], [bf16], [bf16] * 3, [fp32] * 5):
+        shape = launch_shape(codecs)
+        assert shape.tile % (32 * shape.warps * shape.vector) == 0
+        assert shape.tile % shape.chunk == 0
+    assert auto_exact(RULES["adam"], fp32, fp32, (fp32, fp32))

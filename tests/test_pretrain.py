@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_optim.training import data, model, optimizers, pretrain
+from fused_optim.training import data, figure, model, optimizers, pretrain, report
 from fused_optim.training.config import PretrainConfig, parse, resolve
-from fused_optim.training.figure import spread
 from fused_optim.training.loop import Trainer
 
 SMALL = ["--hidden", "32", "--layers", "1", "--heads", "2", "--sequence-length", "32", "--batch-size", "4"]
@@ -331,6 +330,19 @@ def test_a_second_signal_stops_at_once(
     assert handlers() == before
 
 
+def test_a_signal_after_the_last_step_costs_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        figure.draw(*args)
+
+    monkeypatch.setattr(report, "draw", interrupted)
+    out = tmp_path / "run"
+    assert _pretrain("--data", text, *TINY_RUN, "--compare", "none", "--steps", "1", "--out", out) == 0
+    assert _results(out)["runs"]["fused_optim"]["train_loss"]
+
+
 def test_defaults_resolve_for_every_preset_and_optimizer() -> None:
     for preset in model.PRESETS:
         for optimizer in optimizers.OPTIMIZERS:
@@ -340,4 +352,4 @@ def test_defaults_resolve_for_every_preset_and_optimizer() -> None:
 
 
 def test_labels_keep_their_distance() -> None:
-    assert spread([0.1, 0.15, 0.9], 0.2) == pytest.approx([0.1, 0.3, 0.9])
+    assert figure.spread([0.1, 0.15, 0.9], 0.2) == pytest.approx([0.1, 0.3, 0.9])

@@ -84,8 +84,6 @@ def _draw_memory(axes: Axes, records: Mapping[str, Record]) -> None:
     axes.set_ylim(0, highest + _LEAST_GAP * top)
     axes.set_ylabel(f"memory ({unit})")
     axes.set_title("Memory in training")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -59,7 +60,8 @@ class Interrupt(AbstractContextManager["Interrupt"]):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        tqdm.write("stopping after this step (once more: at once, without a checkpoint)")
+        # Not print(): the signal may have come in the middle of another write to the same stream.
+        os.write(2, b"\nstopping after this step (once more: at once, without a checkpoint)\n")
 
 
 class Trainer:

@@ -116,10 +116,11 @@ class _Session:
                     print(f"  python -m fused_optim pretrain --resume {self.folder}")
                     return 128 + interrupt.signal
                 self.finished[name] = self.trainer.record
-        self.folder.mkdir(parents=True, exist_ok=True)
-        seconds = time.perf_counter() - self.started
-        paths = self.folder / RESULTS, self.folder / FIGURE
-        print(write_report(self.config, self.corpus, self.finished, self.environment, seconds, *paths))
+            # Still inside: a signal now must not throw the finished training away.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            seconds = time.perf_counter() - self.started
+            paths = self.folder / RESULTS, self.folder / FIGURE
+            print(write_report(self.config, self.corpus, self.finished, self.environment, seconds, *paths))
         return 0
 
     def save(self, trainer: Any) -> None:

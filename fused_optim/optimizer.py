@@ -15,8 +15,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, storage
 from .kernels import dispatch
+from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.control import Control, control
-from .kernels.layout import find_shared, overlaps_itself
 from .kernels.plan import Bucket, Key, Member, build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
@@ -33,6 +33,7 @@ class _Plan(NamedTuple):
     idle: list[Tensor]
     signature: list[tuple[Any, ...]]
     steps_on_device: bool
+    occupied: Occupied
 
 
 class FusedOptimizer(Optimizer, ABC):
@@ -195,7 +196,7 @@ class FusedOptimizer(Optimizer, ABC):
         on_device = capturable or skipping or self.found_inf is not None
         plan = self._plan
         if plan is not None and self._still_valid(plan, on_device):
-            return plan.buckets
+            return self._without_aliases(plan)
         if capturing:
             raise RuntimeError(
                 "step() must run once before CUDA graph capture, with the parameters, states and options "
@@ -206,6 +207,19 @@ class FusedOptimizer(Optimizer, ABC):
         for bucket in plan.buckets:
             assert bucket.collect()
         self._plan = plan
+        return self._without_aliases(plan)
+
+    def _without_aliases(self, plan: _Plan) -> list[Bucket]:
+        """The plan's buckets, none of whose gradients lies in memory that the step changes."""
+        for bucket in plan.buckets:
+            index = bucket.find_aliased(plan.occupied)
+            if index is not None:
+                places = {id(param): (group, i) for group, i, param in self._parameters()}
+                name = self._name(*places[id(bucket.owners[index])])
+                raise ValueError(
+                    f"the gradient of {name} lies in memory that the step changes (a parameter or a state); "
+                    "assign a copy: p.grad = grad.clone()"
+                )
         return plan.buckets
 
     def _still_valid(self, plan: _Plan, on_device: bool) -> bool:
@@ -248,7 +262,9 @@ class FusedOptimizer(Optimizer, ABC):
         ]
         everything = [p for _, _, p in self._parameters()]
         idle = [p for p in everything if p.grad is None]
-        return _Plan(build(members, on_device), everything, idle, self._signature(), on_device)
+        buckets = build(members, on_device)
+        occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
+        return _Plan(buckets, everything, idle, self._signature(), on_device, occupied)
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:
         """The bucket of a parameter with its gradient, after every check that could refuse it."""

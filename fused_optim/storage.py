@@ -28,7 +28,8 @@ def local_view(tensor: Tensor) -> Tensor:
     if is_dtensor(tensor):
         tensor = tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
     tensor = tensor.detach()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return tensor.resolve_neg()
 
 
 def codec_of(tensor: Tensor) -> Codec | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import rows as row_tools
+from .aliasing import Occupied, Written, extent
 from .control import Control
 from .layout import LAYOUT_LENGTH, Layout, layout_of
 from .spec import Codec, Hyper, Rule
@@ -118,6 +119,7 @@ class Bucket:
         self._strides = list(map(Tensor.stride, [*self.params, *grads]))
         self._contiguous = all(map(Tensor.is_contiguous, [*self.params, *grads]))
         self._grad_dtypes = list(map(_dtype, grads))
+        self._grad_extents = np.array([extent(g) for g in grads])
         self._states = [m.state for m in self.members]
         names = self.members[0].address_names()
         self._pick: Callable[[Any], Iterable[Tensor]] = itemgetter(*names, names[0])
@@ -217,6 +219,18 @@ class Bucket:
             table[-1] = addresses
             np.copyto(table[ALIGNED], self._fixed_aligned & (table[-1] % 16 == 0))
         return True
+
+    def written(self) -> Iterator[Written]:
+        """Every tensor that a step of this bucket changes."""
+        for owner, param, state in zip(self.owners, self.params, self.state_planes, strict=True):
+            yield Written(param, owner, True)
+            yield from (Written(plane, owner, False) for plane in chain.from_iterable(state))
+
+    def find_aliased(self, occupied: Occupied) -> int | None:
+        """Index of a member whose gradient lies in memory that the step writes, if any does."""
+        if not self.launched or not occupied.may_hold(self._staging.host_table[-1], self._grad_extents):
+            return None
+        return occupied.find(self.grads, self.owners)
 
     def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
         """Computes the scalars of the coming step; changes nothing that a step or a user reads."""

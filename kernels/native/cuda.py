@@ -52,7 +52,7 @@ def unavailable() -> str | None:
 
 def _run(function: Callable[..., int], bucket: Bucket, *arguments: Any) -> None:
     """Calls a C function with the bucket's device and torch's current stream on it."""
-    device = bucket.device.index if bucket.device.index is not None else torch.cuda.current_device()
+    device = bucket.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     if device == torch.cuda.current_device():
         error = function(*arguments, device, stream)

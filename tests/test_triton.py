@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fused_optim
 from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.reference import rules as reference
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Rule
 from fused_optim.kernels.triton import driver
@@ -114,6 +116,37 @@ def test_strides(target: Target) -> None:
     for a, b in zip(actual, expected, strict=True):
         assert a.stride() == b.stride()
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("strided", [False, True], ids=["flat", "strided"])
+def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
+    """The last tile of a tensor of 3 x (2**31 + 9) elements, of which only that tile exists."""
+    device, rule = torch.device(target.device), RULES["sgd_momentum"]
+    sizes = (3, 2**31 + 9)
+    numel, size = sizes[0] * sizes[1], launch_shape([FP32] * 3).tile
+    start = numel // size * size
+    count, column = numel - start, start - 2 * sizes[1]
+    step = 3 if strided else 1
+    p, s, g = (normal(n, torch.float32, n).to(device) for n in (count, count, step * count))
+    g_start = 2 + 3 * column if strided else start
+    table = torch.tensor(
+        [numel, 0, 1, 0, p.data_ptr() - 4 * start, s.data_ptr() - 4 * start, 0], device=device
+    )
+    table[-1] = g.data_ptr() - 4 * g_start
+    layout = [2, *sizes, *(1,) * 6, sizes[1], 1, *(0,) * 6, 1, 3, *(0,) * 6]
+    k = [0.25, 0.5, 0.75, 1.0, 0.5, 0.125]
+    bucket = SimpleNamespace(
+        rule=rule, param=FP32, states=(FP32,), grad=FP32, strided=strided, exact=True, device=device,
+        cache={},
+        table=table[:, None], rows=torch.tensor([[1.0, 1.0, *k]], device=device),
+        layouts=torch.tensor([layout], device=device),
+        tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
+    )  # fmt: skip
+    expected, (momentum,) = reference.sgd_momentum(p.cpu(), g.cpu()[::step], (s.cpu(),), torch.tensor(k))
+    driver.step(bucket)
+    assert_same_bits(p, expected)
+    assert_same_bits(s, momentum)
 
 
 @pytest.mark.parametrize("target", TARGETS)

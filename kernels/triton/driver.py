@@ -43,6 +43,8 @@ def unavailable(device_type: str) -> str | None:
             f"Triton compiles for CUDA tensors, not {device_type} ones; its interpreter takes CPU tensors "
             "if TRITON_INTERPRET=1 is set before Python starts"
         )
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs and this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
     return None

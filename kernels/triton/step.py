@@ -10,6 +10,9 @@ import triton.language as tl
 
 HEADER = tl.constexpr(4)
 MAX_DIMS = tl.constexpr(8)
+# These vary from bucket to bucket, and nothing is gained from compiling for one of them.
+_COUNTS = ["n", "column"]
+_TABLES = ["tiles", "table", "rows", "layouts", "partials"]
 
 
 @triton.jit
@@ -22,13 +25,12 @@ def _load_each(ptr, step, COUNT: tl.constexpr):
 
 @triton.jit
 def _tile(table, tiles, n, TILE: tl.constexpr):
-    """This program's column of the table, its first and last element, and whether it needs no mask."""
+    """This program's column of the table, its first element, its length, and whether it needs no mask."""
     entry = tiles + 2 * tl.program_id(0)
     table += tl.load(entry)
     start = tl.load(entry + 1).to(tl.int64) * TILE
-    numel = tl.load(table)
-    full = (start + TILE <= numel) & (tl.load(table + 2 * n) != 0)
-    return table, start, tl.minimum(start + TILE, numel), full
+    count = tl.minimum(tl.load(table) - start, TILE).to(tl.int32)
+    return table, start, count, (count == TILE) & (tl.load(table + 2 * n) != 0)
 
 
 @triton.jit
@@ -53,10 +55,10 @@ def _walk(layout, start, offs, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _chunk(layouts, table, n, start, stop, CHUNK: tl.constexpr, STRIDED: tl.constexpr):
+def _chunk(layouts, table, n, start, count, CHUNK: tl.constexpr, STRIDED: tl.constexpr):
     """A masked chunk's place in the parameter, in the (always dense) states and in the gradient."""
     offs = tl.arange(0, CHUNK)
-    mask = start + offs < stop
+    mask = offs < count
     if STRIDED:
         layout = layouts + tl.load(table + 3 * n) * (1 + 3 * MAX_DIMS)
         p_offs, g_offs = _walk(layout, start, offs, CHUNK)
@@ -83,14 +85,14 @@ def _update(
 
 
 # SOURCES is a hash of the functions' text: Triton's cache on disk knows functions inside tuples by name only.
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def step(
     tiles, table, rows, layouts, n,
     RULE: tl.constexpr, SCALARS: tl.constexpr, CODECS: tl.constexpr, SOURCES: tl.constexpr,
     STRIDED: tl.constexpr, EXACT: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    table, start, stop, full = _tile(table, tiles, n, TILE)
+    table, start, count, full = _tile(table, tiles, n, TILE)
     row = rows + tl.load(table + n) * (2 + SCALARS)
     active = tl.load(row)
     g_scale = tl.load(row + 1)
@@ -105,8 +107,8 @@ def step(
             place = (start, tl.arange(0, TILE), None)
             _update(planes, (place, place, place), g_scale, k, RULE, CODECS, EXACT, VECTOR)
         else:
-            for first in range(start, stop, CHUNK):
-                places = _chunk(layouts, table, n, first, stop, CHUNK, STRIDED)
+            for done in range(0, count, CHUNK):
+                places = _chunk(layouts, table, n, start + done, count - done, CHUNK, STRIDED)
                 _update(planes, places, g_scale, k, RULE, CODECS, EXACT, 1)
 
 
@@ -120,20 +122,20 @@ def _squares(planes, place, DECODE: tl.constexpr, VECTOR: tl.constexpr):
     return g * g
 
 
-@triton.jit(do_not_specialize=["n", "column"])
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def square_sum(
     tiles, table, partials, layouts, n, column,
     GRAD: tl.constexpr, SOURCES: tl.constexpr, STRIDED: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    table, start, stop, full = _tile(table, tiles, n, TILE)
+    table, start, count, full = _tile(table, tiles, n, TILE)
     planes = _load_each(table + column * n, n, GRAD[2])
     if full and not STRIDED:
         total = tl.sum(_squares(planes, (start, tl.arange(0, TILE), None), GRAD[0], VECTOR))
     else:
         squares = tl.zeros((CHUNK,), tl.float64)
-        for first in range(start, stop, CHUNK):
-            place = _chunk(layouts, table, n, first, stop, CHUNK, STRIDED)[2]
+        for done in range(0, count, CHUNK):
+            place = _chunk(layouts, table, n, start + done, count - done, CHUNK, STRIDED)[2]
             squares += _squares(planes, place, GRAD[0], 1)
         total = tl.sum(squares)
     tl.store(partials + tl.program_id(0), total)

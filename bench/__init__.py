@@ -1,0 +1,1 @@
+"""Benchmarks: optimizer steps beside other libraries, with ceilings measured in the same run."""

@@ -1,0 +1,139 @@
+"""What is measured: cases made from the catalogues, and the ratios that are to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fused_optim.kernels.rules import RULES
+
+from .peers import PEERS, Contender
+
+OURS = "fused_optim"
+MAIN_STORAGES = (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+"""(parameters and gradients, states) that every rule is timed with."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach by ``ours``: ``kind`` is ratio (to ``against``), percent_of_copy or host_us."""
+
+    kind: str
+    limit: float
+    ours: str
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Optimizers that step over the same shapes; every gradient is a new tensor unless ``kept``."""
+
+    name: str
+    shapes: str
+    contenders: tuple[Contender, ...]
+    targets: tuple[Target, ...] = ()
+    grads: str = "fresh"
+    cold: bool = True
+
+
+def _peers_of(rule: str, param: str, names: Sequence[str]) -> list[Contender]:
+    return [Contender(name, rule, param) for name in names if rule in PEERS[name].classes]
+
+
+def _against(
+    name: str, shapes: str, ours: Contender, peer: Contender, limit: float, extra: Sequence[str], **case: Any
+) -> Case:
+    others = [c for c in _peers_of(ours.rule, ours.param, extra) if c != peer]
+    target = Target("ratio", limit, ours.label, peer.label)
+    return Case(name, shapes, (ours, peer, *others), (target,), **case)
+
+
+def issue_table(peers: Sequence[str]) -> list[Case]:
+    """The CPU table of the foundation issue."""
+    adamw, fused = Contender(OURS), Contender("torch-fused")
+    half, fused_half = Contender(OURS, param="bf16"), Contender("torch-fused", param="bf16")
+    big, many, tiny = "8x4Mi", "300x16Ki", "300x16"
+    return [
+        _against("AdamW fp32", big, adamw, fused, 1.03, peers),
+        _against("AdamW bf16 parameters, fp32 states", big, half, fused, 0.85, peers),
+        _against(
+            "AdamW bf16 parameters, bf16 states", big, replace(half, states="bf16"), fused_half, 0.75, peers
+        ),
+        _against("Lion fp32", big, Contender(OURS, "lion"), fused, 0.78, peers),
+        _against("AdamW fp32, many tensors", many, adamw, fused, 0.5, peers),
+        _against("AdamW fp32, host overhead", tiny, adamw, fused, 0.25, peers, cold=False),
+        Case("AdamW fp32, host overhead, gradients kept", tiny, (adamw, fused), grads="kept", cold=False),
+    ]
+
+
+def _equal_bytes(ours: Contender) -> Contender | None:
+    """The fused optimizer of torch with the same parameters and states, if it exists."""
+    same = ours.param == ours.states or not RULES[ours.rule].slots
+    exists = same and ours.rule in PEERS["torch-fused"].classes
+    return Contender("torch-fused", ours.rule, ours.param) if exists else None
+
+
+def _storages(rule: str) -> list[tuple[str, str]]:
+    """The main storages; a rule without states has one per parameter codec."""
+    by_bytes = {(p, s if RULES[rule].slots else ""): (p, s) for p, s in MAIN_STORAGES}
+    return list(by_bytes.values())
+
+
+def catalogue(shapes: str, peers: Sequence[str], rules: Sequence[str] = tuple(RULES)) -> list[Case]:
+    """Every rule with the main storages, beside peers that hold as many bytes."""
+    cases = []
+    for rule in rules:
+        for param, states in _storages(rule):
+            ours = Contender(OURS, rule, param, states)
+            others = _peers_of(rule, param, peers)
+            targets = [Target("percent_of_copy", 90.0, ours.label), Target("host_us", 100.0, ours.label)]
+            equal = _equal_bytes(ours)
+            if equal is not None:
+                others = [equal, *(c for c in others if c != equal)]
+                targets.insert(0, Target("ratio", 1.0, ours.label, equal.label))
+            name = f"{shapes} {rule} {param}/{states}"
+            cases.append(Case(name, shapes, (ours, *others), tuple(targets)))
+    return cases
+
+
+def variants(shapes: str, rules: Sequence[str] = tuple(RULES)) -> list[Case]:
+    """Both GPU backends in both arithmetics for every rule and main storage, to decide the defaults."""
+    cases = []
+    for rule in rules:
+        for param, states in _storages(rule):
+            ours = Contender(OURS, rule, param, states)
+            combos = [
+                replace(ours, options=(("backend", backend), ("arithmetic", arithmetic)))
+                for backend in ("triton", "cuda")
+                for arithmetic in ("exact", "fast")
+            ]
+            equal = _equal_bytes(ours)
+            contenders = (*combos, *([equal] if equal else []))
+            cases.append(Case(f"{shapes} {rule} {param}/{states}", shapes, contenders))
+    return cases
+
+
+SUITES = ("issue", "catalogue", "gpu", "variants")
+
+
+def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) -> list[Case]:
+    """The cases of a suite; ``shapes`` is for ``catalogue`` and ``variants``, the others have their own.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    adamw = Contender(OURS)
+    if name == "issue":
+        return issue_table(peers)
+    if name == "gpu":
+        # Most wanted first: a run that hits its time limit keeps what it has.
+        tiny = _against(
+            "AdamW fp32, host overhead", "300x16", adamw, Contender("torch-fused"), 0.25, (), cold=False
+        )
+        return [*catalogue("llama-1.1b", peers, rules), tiny, *catalogue("llama-125m", peers, rules)]
+    if name == "variants":
+        return variants(shapes, rules)
+    if name == "catalogue":
+        return catalogue(shapes, peers, rules)
+    raise ValueError(f"unknown suite {name!r}; allowed: {', '.join(SUITES)}")

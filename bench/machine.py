@@ -1,0 +1,120 @@
+"""What a result must say about where it comes from: machine, versions, sources."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_optim
+import fused_optim.kernels
+
+PACKAGES = ("torch", "triton", "numpy", "bitsandbytes", "torchao", "torch-optimi", "lion-pytorch")
+_ROOT = Path(__file__).resolve().parents[1]
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the largest cache in front of the memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1024, "M": 1024**2}
+    sizes = [file.read_text().strip() for file in _CACHES.glob("index*/size")]
+    return max(
+        (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 1024**2
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+`` if anything that runs differs from it; None outside of git."""
+    commit = _run("git", "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    changed = _run("git", "status", "--porcelain", "--", "fused_optim", "kernels", "csrc")
+    return commit + ("+" if changed else "")
+
+
+def source_digest() -> str:
+    """A hash of the package that was imported and of csrc/: names what ran, also without git."""
+    roots = {Path(root) for root in [*fused_optim.__path__, *fused_optim.kernels.__path__]}
+    files = {file.resolve() for root in roots for file in root.rglob("*.py")}
+    files |= {file for file in (_ROOT / "csrc").glob("*") if file.is_file()}
+    digest = hashlib.sha256()
+    for name, content in sorted((file.name, file.read_bytes()) for file in files):
+        digest.update(name.encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "fused_optim": fused_optim.__version__,
+    }
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {**versions, "cuda": torch.version.cuda}
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    query = "driver_version,clocks.sm,clocks.mem,power.limit"
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        query: _run(
+            "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
+        ),
+    }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Everything that a figure depends on besides the code."""
+    return {
+        "device": device.type,
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "last_level_cache_bytes": last_level_cache(device),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": _versions(),
+        "commit": _commit(),
+        "sources": source_digest(),
+    }
+
+
+def main(argv: list[str]) -> int:
+    device = torch.device(argv[0] if argv else "cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(describe(device), indent=2))
+    return 0

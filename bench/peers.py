@@ -1,0 +1,154 @@
+"""Adapters: how other libraries' optimizers, and ours, are made from the same hyperparameters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import fused_optim
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.rules import RULES
+
+LR = 1e-2
+_SHARED = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad")
+_SWITCHES: tuple[dict[str, Any], ...] = ({}, {"amsgrad": True}, {"momentum": 0.9})
+
+
+class MissingPeerError(Exception):
+    """A peer that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library's classes by the catalogue's rule names; options stay with the adapter."""
+
+    package: str
+    module: str
+    classes: Mapping[str, str]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    state_bits: int = 32
+    slow: bool = False
+
+    def make(self, rule: str, params: Sequence[Tensor], hyper: Mapping[str, Any]) -> Optimizer:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cls = getattr(importlib.import_module(self.module), self.classes[rule])
+        except ImportError as error:
+            raise MissingPeerError(f"{self.package} is not installed ({error})") from None
+        accepted = inspect.signature(cls).parameters
+        shared = {name: value for name, value in hyper.items() if name in accepted}
+        return cls(params, **shared, **self.options)
+
+
+_TORCH = {"adam": "AdamW", "adam_amsgrad": "AdamW", "sgd": "SGD", "sgd_momentum": "SGD"}
+_BITSANDBYTES = {"adam": "AdamW", "lion": "Lion"}
+_8BIT = {"adam": "AdamW8bit", "lion": "Lion8bit"}
+
+PEERS: dict[str, Peer] = {
+    "torch-fused": Peer("torch", "torch.optim", _TORCH, {"fused": True}),
+    "torch-foreach": Peer("torch", "torch.optim", _TORCH, {"foreach": True}),
+    "optimi": Peer("torch-optimi", "optimi", {"adam": "AdamW", "lion": "Lion"}),
+    "lion-pytorch": Peer("lion-pytorch", "lion_pytorch", {"lion": "Lion"}),
+    "bitsandbytes": Peer("bitsandbytes", "bitsandbytes.optim", _BITSANDBYTES),
+    "bitsandbytes-8bit": Peer("bitsandbytes", "bitsandbytes.optim", _8BIT, state_bits=8),
+    "torchao-8bit": Peer("torchao", "torchao.optim", {"adam": "AdamW8bit"}, state_bits=8, slow=True),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of our classes is made to follow a rule of the catalogue."""
+
+    cls: type[Optimizer]
+    switch: Mapping[str, Any]
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """A recipe for every rule, found by asking each public class which rule it follows."""
+    found: dict[str, Recipe] = {}
+    for name in sorted(fused_optim.__all__):
+        cls = getattr(fused_optim, name)
+        if not (inspect.isclass(cls) and issubclass(cls, fused_optim.FusedOptimizer)) or inspect.isabstract(
+            cls
+        ):
+            continue
+        accepted = inspect.signature(cls).parameters
+        for switch in _SWITCHES:
+            if set(switch) <= set(accepted):
+                optimizer = cls([Parameter()], **switch)
+                found[optimizer._rule(optimizer.param_groups[0]).name] = Recipe(cls, switch)
+    assert set(found) == set(RULES), set(RULES) ^ set(found)
+    return found
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer of a case: ours or a peer's, and how it stores parameters and states."""
+
+    source: str
+    rule: str = "adam"
+    param: str = "fp32"
+    states: str = "fp32"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        return self.source == "fused_optim"
+
+    @property
+    def label(self) -> str:
+        """Unique within a case; the rule's class name, how parameters and (ours) states are stored."""
+        name = recipes()[self.rule].cls.__name__ if self.is_ours else PEERS[self.source].classes[self.rule]
+        storage = f"{self.param}/{self.states}" if self.is_ours and RULES[self.rule].slots else self.param
+        options = "".join(f" {value}" for _, value in self.options)
+        return f"{self.source} {name}{_variant(self.rule, name)} {storage}{options}"
+
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters that every contender with this rule shares."""
+        recipe = recipes()[self.rule]
+        defaults = recipe.cls([Parameter()], **recipe.switch, lr=LR).defaults
+        shared = {name: defaults[name] for name in _SHARED if name in defaults}
+        return {**shared, **({"weight_decay": 0.1} if "weight_decay" in shared else {})}
+
+    def make(self, params: Sequence[Tensor]) -> Optimizer:
+        """The optimizer.
+
+        Raises:
+            MissingPeerError: the library, or the backend asked for, is not here.
+        """
+        if not self.is_ours:
+            return PEERS[self.source].make(self.rule, params, self.hyper())
+        cls = recipes()[self.rule].cls
+        options = dict(self.options)
+        try:
+            return cls(params, **self.hyper(), state_codec=self.states, **options)
+        except ValueError as error:
+            if "backend" in options:
+                raise MissingPeerError(str(error)) from None
+            raise
+
+    @property
+    def allowed_error(self) -> float:
+        """Largest relative error of three steps' change that still counts as correct."""
+        bits = {self.param, self.states} if self.is_ours else {self.param}
+        narrowest = min(CODECS[name].planes[0].bits for name in bits)
+        if not self.is_ours:
+            narrowest = min(narrowest, PEERS[self.source].state_bits)
+        return {32: 1e-4, 16: 0.1}.get(narrowest, 0.3)
+
+
+def _variant(rule: str, name: str) -> str:
+    """What a rule's name adds to its class's: ``adam_amsgrad`` is AdamW with amsgrad."""
+    _, _, variant = rule.partition("_")
+    return f" {variant}" if variant and variant not in name.lower() else ""

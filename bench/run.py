@@ -1,0 +1,210 @@
+"""A contender at work: its own parameters and states, checked and then timed."""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.spec import bytes_moved
+
+from .cases import Case
+from .peers import Contender, MissingPeerError
+from .timing import Copy, InPlace, Sweep, Timed, interleave, nbytes
+from .verify import Sampler, change_in_float64, relative_error
+
+CHECKED_STEPS = 3
+
+
+class Gradients:
+    """Two sets of values for every dtype, shared by all contenders of a case."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
+        self._shapes, self._device = shapes, device
+        self._sets: dict[torch.dtype, list[list[Tensor]]] = {}
+
+    def values(self, dtype: torch.dtype, step: int) -> list[Tensor]:
+        if dtype not in self._sets:
+            generator = torch.Generator(self._device).manual_seed(1)
+            kind: dict[str, Any] = {"device": self._device, "dtype": dtype, "generator": generator}
+            self._sets[dtype] = [[torch.randn(shape, **kind) for shape in self._shapes] for _ in range(2)]
+        return self._sets[dtype][step % 2]
+
+
+class Run(Timed):
+    """Steps of one contender. ``prepare`` gives every parameter its gradient, as backward does."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        shapes: Sequence[tuple[int, ...]],
+        gradients: Gradients,
+        device: torch.device,
+        kept: bool,
+    ) -> None:
+        super().__init__(contender.label, device)
+        self.contender, self._gradients, self._kept = contender, gradients, kept
+        self.dtype = getattr(torch, CODECS[contender.param].planes[0].dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        kind: dict[str, Any] = {"device": device, "dtype": self.dtype, "generator": generator}
+        self.params = [Parameter(torch.randn(shape, **kind).mul_(0.1)) for shape in shapes]
+        self.elements = sum(param.numel() for param in self.params)
+        self.optimizer = contender.make(self.params)
+        self._steps = 0
+
+    def prepare(self) -> None:
+        values = self._gradients.values(self.dtype, 0 if self._kept else self._steps)
+        if not self._kept:
+            # Autograd clones them into memory of its own: new objects, unknown to Python, new addresses.
+            torch.autograd.backward(self.params, values)
+        elif self._steps == 0:
+            for param, value in zip(self.params, values, strict=True):
+                param.grad = value
+        self._steps += 1
+
+    def call(self) -> None:
+        self.optimizer.step()
+
+    def finish(self) -> None:
+        if not self._kept:
+            self.optimizer.zero_grad()
+
+    def check(self, sampler: Sampler) -> float:
+        """Takes the first steps; the relative error of the change they make."""
+        start = sampler(self.params)
+        grads = []
+        for _ in range(CHECKED_STEPS):
+            self.prepare()
+            grads.append(sampler([param.grad for param in self.params if param.grad is not None]))
+            self.call()
+            self.finish()
+        expected = change_in_float64(self.contender.rule, self.contender.hyper(), start, grads)
+        return relative_error(sampler(self.params) - start, expected)
+
+    def state_bytes(self) -> float:
+        """Bytes per parameter that the states hold, counts of steps apart."""
+        values = [
+            value
+            for state in self.optimizer.state.values()
+            for key, value in state.items()
+            if key != "step" and not (isinstance(value, Tensor) and value.ndim == 0)
+        ]
+        return sum({id(value): nbytes(value) for value in values}.values()) / self.elements
+
+    def bytes_per_parameter(self) -> float:
+        """What a one-pass step must move: the codec model for ours, the same count for a peer's tensors."""
+        c = self.contender
+        if c.is_ours:
+            rule, param, state = RULES[c.rule], CODECS[c.param], CODECS[c.states]
+            return sum(bytes_moved(rule, param, param, (state,) * len(rule.slots)))
+        return 3 * self.dtype.itemsize + 2 * self.state_bytes()
+
+    def driver(self) -> str | None:
+        """The backend and arithmetic that ran our step."""
+        plan = getattr(self.optimizer, "_plan", None)
+        if plan is None:
+            return None
+        return ", ".join(sorted({f"{b.driver.name} {'exact' if b.exact else 'fast'}" for b in plan.buckets}))
+
+
+@dataclass
+class Row:
+    """A contender's outcome: timed, or the reason why not."""
+
+    contender: Contender
+    status: str = "ok"
+    reason: str = ""
+    run: Run | None = None
+    error: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """A case after it was measured."""
+
+    case: Case
+    shapes: Sequence[tuple[int, ...]]
+    rows: list[Row]
+    copy: Copy
+    in_place: InPlace
+    rounds: int
+
+
+def _admit(
+    contender: Contender,
+    shapes: Any,
+    gradients: Gradients,
+    sampler: Sampler,
+    case: Case,
+    device: torch.device,
+) -> Row:
+    """A contender whose first steps are right, or the reason to leave it out."""
+    row = Row(contender)
+    try:
+        run = Run(contender, shapes, gradients, device, case.grads == "kept")
+        begin = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row.error = run.check(sampler)
+    except MissingPeerError as missing:
+        return Row(contender, "missing", str(missing))
+    except Exception as failure:
+        # A peer may fail in any way; the table says so and the others are timed.
+        return Row(contender, "failed", f"{type(failure).__name__}: {failure}"[:300])
+    row.facts = {
+        "first_steps_s": round(time.perf_counter() - begin, 3),
+        "state_bytes_per_parameter": round(run.state_bytes(), 4),
+        "bytes_per_parameter": round(run.bytes_per_parameter(), 4),
+        "driver": run.driver(),
+    }
+    if not row.error <= contender.allowed_error:
+        allowed = contender.allowed_error
+        return Row(
+            contender,
+            "wrong",
+            f"relative error {row.error:.1e} after {CHECKED_STEPS} steps, allowed {allowed:.0e}",
+        )
+    row.run = run
+    return row
+
+
+def measure(
+    case: Case,
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    rounds: int,
+    budget_s: float,
+    ceiling: int,
+) -> Outcome:
+    """Checks every contender, then times them in turn beside a copy of ``ceiling`` bytes."""
+    gradients, sampler = Gradients(shapes, device), Sampler(shapes, device)
+    rows = [_admit(c, shapes, gradients, sampler, case, device) for c in case.contenders]
+    copy, in_place = Copy(device, ceiling), InPlace(device, ceiling)
+    sweep = Sweep(device) if case.cold else None
+    timed = [row.run for row in rows if row.run is not None]
+    for item in [copy, in_place, *timed]:
+        item.sample(-1, None)
+        for samples in (item.time, item.host, item.wall):
+            samples.by_round.clear()
+        item.spent_s = 0.0
+    interleave([copy, in_place, *timed], rounds, budget_s, sweep)
+    return Outcome(case, shapes, rows, copy, in_place, len(copy.time.by_round))
+
+
+def free(outcome: Outcome) -> None:
+    """Gives the memory of a measured case back."""
+    for row in outcome.rows:
+        row.run = None
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,198 @@
+"""The benchmark: it runs, it refuses wrong results, and what it prints follows from its samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cases, machine, peers, report, shapes, step, timing, verify
+from bench.peers import PEERS, Contender, MissingPeerError
+from bench.run import Gradients, Run, measure
+from fused_optim.kernels.rules import RULES
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def _quick(case: cases.Case, rounds: int = 3) -> dict[str, Any]:
+    small = shapes.shrink(shapes.parse(case.shapes), 64)
+    return report.case_record(measure(case, small, CPU, rounds, 5.0, 2**16))
+
+
+def test_shapes_are_the_models() -> None:
+    llama = shapes.parse("llama-1.1b")
+    assert len(llama) == 201
+    assert sum(torch.Size(shape).numel() for shape in llama) == 1_100_048_384
+    assert shapes.parse("300x16Ki") == [(16384,)] * 300
+    with pytest.raises(ValueError, match="COUNTxSIZE"):
+        shapes.parse("8x4Gi")
+
+
+def test_every_rule_has_a_recipe_and_every_suite_its_cases() -> None:
+    assert set(peers.recipes()) == set(RULES)
+    for name in cases.SUITES:
+        found = cases.suite(name, list(PEERS), list(RULES), "8x16")
+        assert len({(case.name, case.shapes) for case in found}) == len(found)
+        for case in found:
+            labels = [contender.label for contender in case.contenders]
+            assert len(set(labels)) == len(labels)
+            assert {t.ours for t in case.targets} | {t.against for t in case.targets if t.against} <= set(
+                labels
+            )
+    rules = {case.contenders[0].rule for case in cases.suite("gpu", [], list(RULES), "")}
+    assert rules == set(RULES)
+
+
+def test_the_issue_table_holds_the_issue_figures() -> None:
+    limits = [target.limit for case in cases.issue_table(()) for target in case.targets]
+    assert limits == [1.03, 0.85, 0.75, 0.78, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("param", "states"), cases.MAIN_STORAGES)
+def test_our_steps_pass_the_check(rule: str, param: str, states: str) -> None:
+    sizes = [(5,), (64, 33), (1,)]
+    run = Run(Contender("fused_optim", rule, param, states), sizes, Gradients(sizes, CPU), CPU, False)
+    assert run.check(verify.Sampler(sizes, CPU)) <= run.contender.allowed_error
+    model, kept = run.bytes_per_parameter(), run.state_bytes()
+    assert model == 3 * run.dtype.itemsize + 2 * kept, "the codec model and the tensors disagree"
+
+
+@pytest.mark.parametrize("grads", ["fresh", "kept"])
+def test_gradients_are_new_tensors_or_the_same(grads: str) -> None:
+    sizes = [(64,)] * 3
+    run = Run(Contender("fused_optim"), sizes, Gradients(sizes, CPU), CPU, grads == "kept")
+    seen = []
+    for _ in range(2):
+        run.prepare()
+        seen.append([param.grad for param in run.params])
+        run.call()
+        run.finish()
+    same = [a is b for a, b in zip(*seen, strict=True)]
+    assert all(same) if grads == "kept" else not any(same)
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    case = cases.Case("wrong", "3x64", (Contender("torch-fused"),))
+    monkeypatch.setattr(verify, "change_in_float64", lambda *_: torch.ones(3))
+    monkeypatch.setattr(
+        "bench.run.change_in_float64", lambda rule, hyper, start, grads: torch.ones_like(start)
+    )
+    (row,) = _quick(case)["rows"]
+    assert row["status"] == "wrong"
+    assert "ms" not in row and "relative error 1.0e+00" in row["reason"]
+
+
+def test_a_missing_peer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "absent", peers.Peer("absent", "no_such_package", {"adam": "AdamW"}))
+    ours, absent = Contender("fused_optim"), Contender("absent")
+    target = cases.Target("ratio", 1.0, ours.label, absent.label)
+    record = _quick(cases.Case("missing", "3x64", (ours, absent), (target,)))
+    assert [row["status"] for row in record["rows"]] == ["ok", "missing"]
+    assert "absent is not installed" in record["rows"][1]["reason"]
+    assert record["targets"][0]["met"] is None
+    assert "not measured" in report.target_table([record]).lines[0]
+
+
+def test_a_backend_that_is_not_here_is_missing() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    contender = Contender("fused_optim", options=(("backend", "cuda"), ("arithmetic", "fast")))
+    with pytest.raises(MissingPeerError, match="cuda"):
+        contender.make([torch.nn.Parameter(torch.ones(3))])
+
+
+def test_ratio_of_medians_and_quartiles_of_rounds() -> None:
+    ours = timing.Samples({0: 1.0, 1: 2.0, 2: 3.0, 3: 100.0})
+    theirs = timing.Samples({0: 2.0, 1: 4.0, 2: 6.0})
+    ratio, q1, q3 = timing.ratio(ours, theirs)
+    assert (ratio, q1, q3) == (2.5 / 4.0, 0.5, 0.5)
+    assert ours.summary()["min"] == 1.0 and ours.summary()["n"] == 4
+
+
+class _Ticking(timing.Timed):
+    def call(self) -> None:
+        self.spent_s += 1.0
+
+
+def test_interleaving_takes_turns_and_spares_the_slow() -> None:
+    items = [_Ticking(name, CPU) for name in "ab"]
+    items[1].spent_s = 1e9
+    timing.interleave(items, 5, 1e6, None, least=2)
+    assert sorted(items[0].time.by_round) == [0, 1, 2, 3, 4]
+    assert sorted(items[1].time.by_round) == [0, 1]
+
+
+def test_command_writes_json_and_prints_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.json"
+    arguments = ["--issue-table", "--quick", "--peers", "none", "--cases", "Lion", "--device", "cpu"]
+    assert step.main([*arguments, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["quick"] and result["machine"]["versions"]["torch"] and result["machine"]["sources"]
+    (case,) = result["cases"]
+    assert {row["source"] for row in case["rows"]} == {"fused_optim", "torch-fused"}
+    assert all(row["ms"]["min"] <= row["ms"]["median"] and row["ms"]["n"] == 3 for row in case["rows"])
+    (target,) = case["targets"]
+    assert target["limit"] == 0.78 and target["measured"] > 0
+    printed = capsys.readouterr().out
+    assert "0.78" in printed and step.NOTE in printed and step.QUICK in printed
+
+
+def test_a_deadline_names_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main(["--issue-table", "--quick", "--deadline", "-1", "--device", "cpu"]) == 0
+    assert "left out for lack of time: AdamW fp32" in capsys.readouterr().out
+
+
+def test_variants_fit_one_table() -> None:
+    (case,) = [c for c in cases.variants("3x64", ["lion"]) if "bf16/fp32" in c.name]
+    if torch.cuda.is_available():
+        pytest.skip("the variants would run")
+    table = report.variant_table([_quick(case)])
+    assert table.header == ["case", "triton exact", "triton fast", "cuda exact", "cuda fast"]
+    assert table.lines[0][3:] == ["missing", "missing"]
+
+
+def test_the_machine_is_described() -> None:
+    described = machine.describe(CPU)
+    assert described["cores"] >= 1 and described["last_level_cache_bytes"] > 0
+    assert machine.source_digest() == machine.source_digest()
+
+
+def test_bench_without_a_command_lists_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "step" in done.stdout and "static" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_script_parses_and_explains_itself() -> None:
+    script = ROOT / "bench" / "gpu.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    refused = subprocess.run(["bash", script, "/nowhere", "everything"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "OUT [all|tests|bench|variants]" in refused.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script would run in full")
+def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
+    command = ["bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", "all", "--installed"]
+    done = subprocess.run(
+        command, env={**machine.os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "no GPU" in done.stdout
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["bench.json", "bench.log", "summary.json", "tests.log", "variants.log"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
+        ["tests", "bench", "variants"], "ok"
+    )

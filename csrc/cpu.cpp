@@ -49,27 +49,37 @@ const Isa* isa_at(int index) {
   return nullptr;
 }
 
-int64_t count_units(const Table& table, int64_t unit) {
+// A second thread takes longer to wake up than this many elements take, and a tensor as long as some
+// elements.
+constexpr int64_t ELEMENTS_WORTH_A_THREAD = 32768, ELEMENTS_WORTH_A_TENSOR = 64;
+
+// How many units the table's tensors have, and how many threads should share them.
+struct Shares {
   int64_t units = 0;
-  for (int64_t tensor = 0; tensor < table.n; ++tensor) units += (table.at(NUMEL, tensor) + unit - 1) / unit;
-  return units;
-}
+  int threads;
 
-// Smaller calls are over before a second thread has woken up.
-constexpr int64_t STEP_UNITS_WORTH_A_THREAD = 16, SUM_UNITS_WORTH_A_THREAD = 2;
-
-// Calls work(first, last) so that [0, units) is covered once. `least`: units that are worth a thread.
-template <class Work>
-void share(int64_t units, int64_t least, int threads, Work work) {
-  int64_t useful = units / least;
-  if (threads > useful) threads = static_cast<int>(useful);
-  if (threads <= 1 || forked) return work(0, units);
-#pragma omp parallel num_threads(threads)
-  {
-    int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-    work(units * part / parts, units * (part + 1) / parts);
+  Shares(const Table& table, int64_t unit, int most_threads) {
+    int64_t elements = table.n * ELEMENTS_WORTH_A_TENSOR;
+    for (int64_t tensor = 0; tensor < table.n; ++tensor) {
+      int64_t numel = table.at(NUMEL, tensor);
+      units += (numel + unit - 1) / unit;
+      elements += numel;
+    }
+    int64_t useful = forked ? 1 : elements / ELEMENTS_WORTH_A_THREAD;
+    threads = static_cast<int>(useful < most_threads ? useful : most_threads);
   }
-}
+
+  // Calls work(first, last) so that every unit is covered once.
+  template <class Work>
+  void run(Work work) const {
+    if (threads <= 1) return work(0, units);
+#pragma omp parallel num_threads(threads)
+    {
+      int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+      work(units * part / parts, units * (part + 1) / parts);
+    }
+  }
+};
 
 }  // namespace
 
@@ -90,8 +100,9 @@ FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* 
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
   Step step{rule, codecs, {table, n}, rows, row_length, layouts};
-  share(count_units(step.table, STEP_UNIT), STEP_UNITS_WORTH_A_THREAD, threads,
-        [&](int64_t first, int64_t last) { code->step(step, first, last); });
+  Shares(step.table, STEP_UNIT, threads).run([&](int64_t first, int64_t last) {
+    code->step(step, first, last);
+  });
   return OK;
 }
 
@@ -102,11 +113,10 @@ FO_API int fused_optim_cpu_square_sum(int codec, int column, const int64_t* tabl
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
   Gradients gradients{codec, column, {table, n}, layouts};
-  int64_t units = count_units(gradients.table, SUM_UNIT);
-  std::unique_ptr<double[]> sums(new double[units]);
-  share(units, SUM_UNITS_WORTH_A_THREAD, threads,
-        [&](int64_t first, int64_t last) { code->square_sums(gradients, first, last, sums.get()); });
+  Shares shares(gradients.table, SUM_UNIT, threads);
+  std::unique_ptr<double[]> sums(new double[shares.units]);
+  shares.run([&](int64_t first, int64_t last) { code->square_sums(gradients, first, last, sums.get()); });
   *sum = 0;
-  for (int64_t unit = 0; unit < units; ++unit) *sum += sums[unit];
+  for (int64_t unit = 0; unit < shares.units; ++unit) *sum += sums[unit];
   return OK;
 }

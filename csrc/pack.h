@@ -52,7 +52,7 @@ constexpr int PARTS = 2;
 constexpr int PARTS = 4;
 #endif
 
-#define FO_EACH_PART for (int i = 0; i < PARTS; ++i)
+#define FO_EACH_PART _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; ++i)
 #define FO_OPERATOR(op)                               \
   friend FO_INLINE Pack operator op(Pack a, Pack b) { \
     FO_EACH_PART a.part[i] = a.part[i] op b.part[i];  \
@@ -94,15 +94,18 @@ using U = Pack<uint32_t>;
 using H = Pack<uint16_t>;
 using Mask = Pack<int32_t>;
 
+// Part by part: GCC moves a larger object through the stack in 16-byte pieces.
 template <class T>
 FO_INLINE Pack<T> load(const void* from) {
+  using Part = typename Pack<T>::Part;
   Pack<T> x;
-  memcpy(&x, from, sizeof x);
+  FO_EACH_PART memcpy(&x.part[i], static_cast<const char*>(from) + i * sizeof(Part), sizeof(Part));
   return x;
 }
 template <class T>
 FO_INLINE void store(void* to, Pack<T> x) {
-  memcpy(to, &x, sizeof x);
+  using Part = typename Pack<T>::Part;
+  FO_EACH_PART memcpy(static_cast<char*>(to) + i * sizeof(Part), &x.part[i], sizeof(Part));
 }
 
 FO_INLINE F select(Mask mask, F yes, F no) {
@@ -113,17 +116,54 @@ FO_INLINE U select(Mask mask, U yes, U no) {
   FO_EACH_PART yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
   return yes;
 }
-FO_INLINE U as_bits(F x) { return load<uint32_t>(&x); }
-FO_INLINE F as_float(U x) { return load<float>(&x); }
+FO_INLINE U as_bits(F x) {
+  U r;
+  FO_EACH_PART r.part[i] = reinterpret_cast<U::Part>(x.part[i]);
+  return r;
+}
+FO_INLINE F as_float(U x) {
+  F r;
+  FO_EACH_PART r.part[i] = reinterpret_cast<F::Part>(x.part[i]);
+  return r;
+}
 FO_INLINE U widen(H x) {
   U r;
+#if defined(__AVX512F__)
+  r.part[0] =
+      reinterpret_cast<U::Part>(_mm512_maskz_cvtepu16_epi32(ALL, reinterpret_cast<__m256i>(x.part[0])));
+#elif defined(__AVX2__)
+  FO_EACH_PART r.part[i] =
+      reinterpret_cast<U::Part>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x.part[i])));
+#else
   FO_EACH_PART r.part[i] = __builtin_convertvector(x.part[i], U::Part);
+#endif
   return r;
 }
 FO_INLINE H narrow(U x) {
   H r;
   FO_EACH_PART r.part[i] = __builtin_convertvector(x.part[i], H::Part);
   return r;
+}
+FO_INLINE H high_half(U x) {
+#if defined(__AVX512F__)
+  const __m512i odd = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011,
+                                       0xf000d, 0xb0009, 0x70005, 0x30001);
+  H r;
+  __m512i halves = _mm512_maskz_permutexvar_epi16(-1, odd, reinterpret_cast<__m512i>(x.part[0]));
+  memcpy(&r, &halves, sizeof r);
+  return r;
+#elif defined(__AVX2__)
+  H r;
+  x = x >> 16;
+  __m256i mixed =
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(x.part[0]), reinterpret_cast<__m256i>(x.part[1]));
+  __m256i halves = _mm256_permute4x64_epi64(mixed, 0xd8);
+  r.part[0] = reinterpret_cast<H::Part>(_mm256_castsi256_si128(halves));
+  r.part[1] = reinterpret_cast<H::Part>(_mm256_extracti128_si256(halves, 1));
+  return r;
+#else
+  return narrow(x >> 16);
+#endif
 }
 
 FO_INLINE F sqrt(F x) {
@@ -139,11 +179,11 @@ FO_INLINE F sqrt(F x) {
   return x;
 }
 
+// Not AVX-512's own conversion: that one takes denormals for zero.
 FO_INLINE H float_to_bfloat(F x) {
-  // Not AVX-512's own conversion: that one takes denormals for zero.
   U bits = as_bits(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   // Rounding could carry a NaN's payload into infinity; setting the quiet bit keeps it a NaN.
-  return narrow(select(x != x, bits | 0x400000u, rounded) >> 16);
+  return high_half(select(x != x, bits | 0x400000u, rounded));
 }
 
 #if defined(__AVX512F__)

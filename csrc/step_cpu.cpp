@@ -31,6 +31,9 @@ struct Any : Slot {
   }
 };
 
+// Unrolled, or GCC keeps the slots' values in memory on some instruction sets.
+#define FO_EACH_SLOT _Pragma("GCC unroll 8") for (int slot = 0; slot < Rule::slots; ++slot)
+
 // Everything a rule reads and writes of one tensor.
 template <class Rule, class Param = Any, class Grad = Any, class State = Any>
 struct Slots {
@@ -42,10 +45,10 @@ struct Slots {
   FO_INLINE void update(Rule rule, F g_scale, int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i += LANES) {
       F p = param.load(i), g = grad.load(i) * g_scale, s[Rule::slots + 1];
-      for (int slot = 0; slot < Rule::slots; ++slot) s[slot] = states[slot].load(i);
+      FO_EACH_SLOT s[slot] = states[slot].load(i);
       rule(p, g, s);
       param.store(i, p);
-      for (int slot = 0; slot < Rule::slots; ++slot) states[slot].store(i, s[slot]);
+      FO_EACH_SLOT states[slot].store(i, s[slot]);
     }
   }
 
@@ -148,11 +151,13 @@ struct LaneSums {
   Part part[2 * PARTS] = {};
 
   FO_INLINE void add_squares(F x) {
-    Half halves[2 * PARTS];
-    memcpy(halves, &x, sizeof x);
-    for (int i = 0; i < 2 * PARTS; ++i) {
-      Part wide = __builtin_convertvector(halves[i], Part);
-      part[i] += wide * wide;
+    FO_EACH_PART {
+      Half halves[2];
+      memcpy(halves, &x.part[i], sizeof halves);
+      for (int half = 0; half < 2; ++half) {
+        Part wide = __builtin_convertvector(halves[half], Part);
+        part[2 * i + half] += wide * wide;
+      }
     }
   }
   double total() const {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,30 +21,34 @@ _OWN_KEY = "fused_optim"
 _FORMAT = 1
 
 
-def pack(state_dict: dict[str, Any], portable: bool, skipped: int) -> dict[str, Any]:
-    """Gives every step count memory of its own; decodes the rest if ``portable``."""
+def pack(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
+    """The state as it is stored, with step counts that have memory of their own."""
     state = {
-        index: {
-            key: value.clone() if key == "step" else _portable(value) if portable else value
-            for key, value in entry.items()
-        }
+        index: {key: value.clone() if key == "step" else value for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
     }
-    if not portable:
-        return {**state_dict, "state": state, _OWN_KEY: {"format": _FORMAT, "skipped_steps": skipped}}
+    return {**state_dict, "state": state, _OWN_KEY: {"format": _FORMAT, "skipped_steps": skipped}}
+
+
+def pack_portable(state_dict: dict[str, Any], unknown: Collection[str]) -> dict[str, Any]:
+    """The state in fp32 without what torch.optim does not know."""
     groups = [
-        {key: value for key, value in group.items() if key not in OPTION_DEFAULTS}
+        {key: value for key, value in group.items() if key not in OPTION_DEFAULTS and key not in unknown}
         for group in state_dict["param_groups"]
     ]
+    state = {index: _portable(entry, unknown) for index, entry in state_dict["state"].items()}
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _portable(value: Any) -> Any:
-    return (
-        value.float()
-        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-        else value
-    )
+def _portable(entry: dict[str, Any], unknown: Collection[str]) -> dict[str, Any]:
+    narrow = (torch.bfloat16, torch.float16)
+    values = {
+        key: value.clone() if key == "step" else value.float() if value.dtype in narrow else value
+        for key, value in entry.items()
+        if key not in unknown
+    }
+    # A buffer before its first step is no buffer: torch would take its zeros for momentum.
+    return dict.fromkeys(values) if "step" in unknown and not entry["step"] else values
 
 
 def unpack(

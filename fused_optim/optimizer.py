@@ -43,8 +43,11 @@ class FusedOptimizer(Optimizer, ABC):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    _unknown_to_torch: frozenset[str] = frozenset()
+    """State and group keys that the torch.optim class of the same name does not have."""
+    # A loss scaler sets these for the time of a step; it must not find them otherwise.
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
         unknown = sorted(set(options) - set(OPTION_DEFAULTS))
@@ -68,8 +71,9 @@ class FusedOptimizer(Optimizer, ABC):
             ValueError: an option out of range, or storage that does not fit a parameter.
             TypeError: a value or a tensor of a type that no rule updates.
         """
+        index = len(self.param_groups)
+        self._check_leaves(index, param_group)
         super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
         try:
             check_group(self.param_groups[index])
             for position, param in enumerate(self.param_groups[index]["params"]):
@@ -79,6 +83,20 @@ class FusedOptimizer(Optimizer, ABC):
             self.param_groups.pop()
             raise
         self._plan = None
+
+    @staticmethod
+    def _check_leaves(index: int, group: Any) -> None:
+        """Torch's own check, with the parameter's place and the remedy in the message."""
+        params = group.get("params") if isinstance(group, dict) else None
+        items: Any = params if isinstance(params, list | tuple) else ()
+        for position, item in enumerate(items):
+            name, param = item if isinstance(item, tuple) else (None, item)
+            if isinstance(param, Tensor) and not (param.is_leaf or param.retains_grad):
+                label = f" ({name!r})" if name else ""
+                raise ValueError(
+                    f"can't optimize a non-leaf Tensor: parameter {position} of group {index}{label} was "
+                    "computed from other tensors; pass those, or p.detach().requires_grad_()"
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -125,7 +143,10 @@ class FusedOptimizer(Optimizer, ABC):
             portable: states decoded to float32 and no options of this library, for ``torch.optim`` or
                 for an optimizer here with other codecs.
         """
-        return checkpoint.pack(super().state_dict(), portable, self.skipped_steps)
+        packed = super().state_dict()
+        if portable:
+            return checkpoint.pack_portable(packed, self._unknown_to_torch)
+        return checkpoint.pack(packed, self.skipped_steps)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,7 +214,7 @@ class FusedOptimizer(Optimizer, ABC):
                 f"CUDA graph capture of {type(self).__name__}.step() needs capturable=True in its groups"
             )
         skipping = any(group["skip_nonfinite"] for group in self.param_groups)
-        on_device = capturable or skipping or self.found_inf is not None
+        on_device = capturable or skipping or hasattr(self, "found_inf")
         plan = self._plan
         if plan is not None and self._still_valid(plan, on_device):
             return self._without_aliases(plan)
@@ -286,8 +307,9 @@ class FusedOptimizer(Optimizer, ABC):
             sums = [bucket.driver.square_sum(bucket) for bucket in launched]
             total = sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
         skipping = skipping and total is not None
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         controls = {
-            device: control(device, self.grad_scale, self.found_inf, total, clips, skipping)
+            device: control(device, scale, found_inf, total, clips, skipping)
             for device in dict.fromkeys(bucket.device for bucket in buckets)
         }
         self._count_skipped(controls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,16 +50,20 @@ ENGINE_OPTIONS = ("state_codec", "param_codec", "backend", "arithmetic")
 """Options that say how this process stores and computes, which a checkpoint does not override."""
 
 
-def _number(name: str, value: Any, low: float, below: float = float("inf")) -> None:
-    """A float, int or one-element tensor in ``[low, below)``; NaN is outside of every range."""
+def _number(name: str, value: Any, low: float = -sys.float_info.max) -> None:
+    """A finite float, int or one-element tensor from ``low`` on."""
+    _one_number(name, value)
+    if not low <= value < float("inf"):
+        label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
+        allowed = f"finite and at least {low:g}" if low == 0 else "finite"
+        raise ValueError(f"Invalid {label}: {value}; it must be {allowed}")
+
+
+def _one_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if not low <= value < below:
-        label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
-        allowed = f"at least {low:g}" if below == float("inf") else f"in [{low:g}, {below:g})"
-        raise ValueError(f"Invalid {label}: {value}; it must be finite and {allowed}")
 
 
 def _betas(group: Mapping[str, Any]) -> None:
@@ -66,7 +71,7 @@ def _betas(group: Mapping[str, Any]) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
     for index, beta in enumerate(betas):
-        _number(f"betas[{index}]", beta, float("-inf"))
+        _one_number(f"betas[{index}]", beta)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
@@ -75,8 +80,8 @@ def _betas(group: Mapping[str, Any]) -> None:
 
 def _torch_flags(group: Mapping[str, Any]) -> None:
     """Flags of torch, with its own complaints where a combination is an error there too."""
-    for name in ("maximize", "capturable", "differentiable"):
-        if not isinstance(group[name], bool):
+    for name in ("maximize", "capturable", "differentiable", "amsgrad", "nesterov", "decoupled_weight_decay"):
+        if name in group and not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     for name in ("foreach", "fused"):
         if group[name] not in (None, True, False):
@@ -134,7 +139,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if "betas" in group:
         _betas(group)
     if "dampening" in group:
-        _number("dampening", group["dampening"], float("-inf"))
+        _number("dampening", group["dampening"])
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
     _torch_flags(group)

@@ -62,6 +62,8 @@ class SGD(FusedOptimizer):
         in the form that torch.optim.SGD gave it.
     """
 
+    _unknown_to_torch = frozenset({"step", "capturable"})
+
     def __init__(
         self,
         params: ParamsT,

@@ -7,10 +7,10 @@ and says whether the description still holds; only then is anything launched.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from . import rows as row_tools
 from .aliasing import Occupied, Written, extent
 from .control import Control
+from .guards import Guards
 from .layout import LAYOUT_LENGTH, Layout, layout_of
 from .spec import Codec, Hyper, Rule
 from .staging import Staging
@@ -28,7 +29,6 @@ NUMEL, ROW, ALIGNED, LAYOUT, HEADER = range(5)
 """Columns of ``Bucket.table``; the planes' addresses follow, the gradient's last."""
 
 _address = Tensor.data_ptr
-_dtype = attrgetter("dtype")
 
 
 class Driver(NamedTuple):
@@ -75,10 +75,10 @@ class Member:
             for slot, codec in zip(self.key.rule.slots, self.key.states, strict=True)
         ]
 
-    def address_names(self) -> tuple[str, ...]:
-        """Keys of the state whose tensors must stay where they are."""
+    def plane_names(self) -> tuple[str, ...]:
+        """Keys of the state under which the planes are."""
         slots = zip(self.key.rule.slots, self.key.states, strict=True)
-        return ("step", *(slot.name + plane.suffix for slot, codec in slots for plane in codec.planes))
+        return tuple(slot.name + plane.suffix for slot, codec in slots for plane in codec.planes)
 
 
 def _adopt_steps(members: Sequence[Member], device: torch.device) -> Tensor:
@@ -116,19 +116,24 @@ class Bucket:
         """Keeps what ``collect`` compares a later step with."""
         self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
         grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
-        self._strides = list(map(Tensor.stride, [*self.params, *grads]))
-        self._contiguous = all(map(Tensor.is_contiguous, [*self.params, *grads]))
-        self._grad_dtypes = list(map(_dtype, grads))
+        self._guards = Guards([*(self.owners if self._plain else self.params), *grads])
         self._grad_extents = np.array([extent(g) for g in grads])
-        self._states = [m.state for m in self.members]
-        names = self.members[0].address_names()
-        self._pick: Callable[[Any], Iterable[Tensor]] = itemgetter(*names, names[0])
         self._param_addresses = list(map(_address, self.params))
+        self._states = [m.state for m in self.members]
+        names = self.members[0].plane_names()
+        self._pick: Callable[[Any], tuple[Tensor, ...]] = itemgetter("step", *(names or ("step",)))
+        self._picked = list(map(self._pick, self._states))
+        self._state_tensors = [state[name] for state in self._states for name in names]
         self._state_addresses = self._read_state_addresses()
 
     def _read_state_addresses(self) -> list[int]:
-        tensors = chain.from_iterable(map(self._pick, self._states))
+        tensors = self._state_tensors
         return list(map(_address, tensors if self._plain else map(self._local, tensors)))
+
+    def _same_states(self) -> bool:
+        """Whether the states are the same tensors at the same addresses."""
+        same_tensors = list(map(self._pick, self._states)) == self._picked
+        return same_tensors and self._read_state_addresses() == self._state_addresses
 
     def _assign_rows(self) -> None:
         """One row per (group, step count) on the host, one per parameter on the device."""
@@ -180,34 +185,27 @@ class Bucket:
             self.cache["tiles", size] = pairs.to(self.device)
         return self.cache["tiles", size]
 
-    def _same_strides(self, tensors: list[Tensor]) -> bool:
-        """Of parameters and gradients, in this order."""
-        if self._contiguous:
-            return False not in map(Tensor.is_contiguous, tensors)
-        return list(map(Tensor.stride, tensors)) == self._strides
+    def _current(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Parameters and gradients if they are what was planned; ``None`` also for a missing gradient."""
+        params, grads = self.owners, [p.grad for p in self.owners]
+        if self._plain and self._guards.check([*params, *grads]):
+            return params, grads  # pyright: ignore[reportReturnType]
+        if any(grad is None for grad in grads):
+            return None
+        params = params if self._plain else list(map(self._local, params))
+        resolved = [self._local(grad) for grad in grads if grad is not None]
+        return (params, resolved) if self._guards.check([*params, *resolved]) else None
 
     def collect(self) -> bool:
         """Reads this step's gradients; False if the plan no longer describes the tensors."""
-        grads: list[Any] = [p.grad for p in self.owners]
-        if self._plain:
-            params = self.owners
-        else:
-            if any(grad is None for grad in grads):
-                return False
-            grads, params = list(map(self._local, grads)), list(map(self._local, self.owners))
+        current = self._current()
+        if current is None:
+            return False
+        params, grads = current
         try:
-            if True in map(Tensor.is_neg, grads):
-                grads = [grad.resolve_neg() for grad in grads]
-            addresses = list(map(_address, grads))
-            same = (
-                list(map(Tensor.numel, grads)) == self.numels
-                and list(map(_dtype, grads)) == self._grad_dtypes
-                and self._same_strides([*params, *grads])
-                and list(map(_address, params)) == self._param_addresses
-                and self._read_state_addresses() == self._state_addresses
-            )
-        except (TypeError, RuntimeError, KeyError):
-            # No gradient, a sparse one, a state that is gone: planning anew finds out and says which.
+            same = list(map(_address, params)) == self._param_addresses and self._same_states()
+        except (KeyError, RuntimeError):
+            # A state that is gone, or another tensor in its place: planning anew says which.
             return False
         if not same or (
             self.launched and not self.steps_on_device and self.steps.tolist() != self._expected_steps
@@ -216,7 +214,7 @@ class Bucket:
         self.grads = grads
         if self.launched:
             table = self._staging.host_table
-            table[-1] = addresses
+            table[-1] = list(map(_address, grads))
             np.copyto(table[ALIGNED], self._fixed_aligned & (table[-1] % 16 == 0))
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import lion_pytorch
@@ -99,12 +100,14 @@ def test_torch_inputs(optim_cls: Any, kwargs: dict[str, Any], dtype: torch.dtype
     _compare(optim_cls, kwargs, dtype, backend)
 
 
+WIDE = partial(torch.tensor, dtype=torch.float64)
+"""torch computes with tensor options in their own dtype; ours always in float64."""
 MORE_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW-betas,eps": (torch.optim.AdamW, {"betas": (0.5, 0.8), "eps": 1e-3}),
     "AdamW-all": (torch.optim.AdamW, {"amsgrad": True, "maximize": True, "weight_decay": 0.3}),
     "AdamW-tensors": (
         torch.optim.AdamW,
-        {"lr": torch.tensor(0.02), "betas": tuple(torch.tensor([0.8, 0.9], dtype=torch.float64))},
+        {"lr": WIDE(0.02), "betas": (WIDE(0.8), WIDE(0.9))},
     ),
     "AdamW-lr_of_one_element": (torch.optim.AdamW, {"lr": torch.tensor([0.02], dtype=torch.float64)}),
     "AdamW-foreach": (torch.optim.AdamW, {"foreach": True}),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, storage
@@ -33,6 +34,7 @@ class _Plan(NamedTuple):
     idle: list[Tensor]
     signature: list[tuple[Any, ...]]
     steps_on_device: bool
+    states: list[dict[str, Any]]
     occupied: Occupied
 
 
@@ -249,6 +251,8 @@ class FusedOptimizer(Optimizer, ABC):
             len(params) == len(plan.params)
             and all(map(is_, params, plan.params))
             and all(p.grad is None for p in plan.idle)
+            and len(self.state) == len(plan.states)
+            and all(map(is_, self.state.values(), plan.states))
             and (plan.steps_on_device or not on_device)
             and self._signature() == plan.signature
             and all(bucket.collect() for bucket in plan.buckets)
@@ -285,7 +289,8 @@ class FusedOptimizer(Optimizer, ABC):
         idle = [p for p in everything if p.grad is None]
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
-        return _Plan(buckets, everything, idle, self._signature(), on_device, occupied)
+        states = list(self.state.values())
+        return _Plan(buckets, everything, idle, self._signature(), on_device, states, occupied)
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:
         """The bucket of a parameter with its gradient, after every check that could refuse it."""
@@ -321,6 +326,8 @@ class FusedOptimizer(Optimizer, ABC):
         for bucket in updated:
             if bucket.launched:
                 bucket.driver.step(bucket)
+            # Kernels write behind autograd's back; a graph that saved a parameter must notice.
+            increment_version(bucket.owners)
 
     def _count_skipped(self, controls: Mapping[torch.device, Control]) -> None:
         """Adds one, on the first device, if this step is skipped there (it is skipped everywhere)."""

@@ -23,7 +23,8 @@ def _here(value: Tensor | None, device: torch.device) -> Any:
     """A float on the host, a 0-dim float64 tensor on any other device."""
     if value is None:
         return None
-    if device.type == "cpu":
+    # A scaler that saw no gradient passes the integer 0.
+    if device.type == "cpu" or not isinstance(value, Tensor):
         return float(value)
     return value.to(device, torch.float64, non_blocking=True).reshape(())
 

@@ -19,7 +19,7 @@ class Control(NamedTuple):
     active: Any
 
 
-def _here(value: Tensor | None, device: torch.device) -> Any:
+def _here(value: Tensor | int | None, device: torch.device) -> Any:
     """A float on the host, a 0-dim float64 tensor on any other device."""
     if value is None:
         return None
@@ -37,7 +37,7 @@ def _at_most_one(factor: Any) -> Any:
 def control(
     device: torch.device,
     grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    found_inf: Tensor | int | None,
     square_sum: Tensor | None,
     clips: Sequence[float | None],
     skip_nonfinite: bool,

@@ -1,6 +1,4 @@
 // The sum of squares on a GPU, and the parts of the C interface that both arithmetics share.
-#include <cuda_runtime.h>
-
 #include "registers.cuh"
 
 #define FO_API extern "C" __attribute__((visibility("default")))
@@ -77,8 +75,7 @@ FO_API int fused_optim_cuda_square_sum(int codec, int column, const int64_t* tab
                                        const int32_t* tiles, int n_tiles, const int64_t* layouts,
                                        double* sums, int device, void* stream) {
   if (codec < 0 || codec >= CODEC_COUNT) return -UNKNOWN_CODEC;
-  if (cudaError_t error = cudaSetDevice(device)) return error;
-  square_sum_kernel<<<n_tiles, THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-      Gradients{codec, column, {table, n}, layouts}, reinterpret_cast<const int2*>(tiles), sums);
-  return cudaGetLastError();
+  Gradients gradients{codec, column, {table, n}, layouts};
+  return launch_tiles(square_sum_kernel, n_tiles, device, stream, gradients,
+                      reinterpret_cast<const int2*>(tiles), sums);
 }

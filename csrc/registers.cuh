@@ -1,13 +1,15 @@
 // How a CUDA thread holds the raw bits of its elements, and moves them between memory and registers.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "slot.h"
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 // More than one round, because reading a tile's description takes three loads that wait for each other.
-constexpr int ROUNDS = 2;
+constexpr int ROUNDS = 4;
 
 // Registers that COUNT elements of a plane fill.
 template <class Codec, int COUNT>
@@ -80,15 +82,18 @@ FO_INLINE void encode(int codec, const F* values, Words<COUNT>& words) {
 
 enum Direction { FETCH, PUT };
 
+// Streaming accesses, because nothing is read again before the next step. Through plain pointers the compiler
+// would also take vector stores apart, to share pieces between branches, and allow for addresses in shared
+// memory.
 template <Direction direction, class Bits>
 FO_INLINE void move(char* memory, uint32_t* words) {
   Bits bits;
   if (direction == FETCH) {
-    bits = *reinterpret_cast<const Bits*>(memory);
+    bits = __ldcs(reinterpret_cast<const Bits*>(memory));
     memcpy(words, &bits, sizeof bits);
   } else {
     memcpy(&bits, words, sizeof bits);
-    *reinterpret_cast<Bits*>(memory) = bits;
+    __stcs(reinterpret_cast<Bits*>(memory), bits);
   }
 }
 
@@ -147,12 +152,25 @@ constexpr int TILE = ROUND * ROUNDS;
 
 FO_INLINE int64_t offset(fo::Layout layout, const int64_t* strides, int64_t i) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int dim = layout.dims() - 1; dim >= 0; --dim) {
     int64_t size = layout.size(dim), rest = i / size;
     offset += (i - rest * size) * strides[dim];
     i = rest;
   }
   return offset;
+}
+
+// One block per tile. The device is set because this library has a CUDA runtime of its own beside torch's.
+template <class... Parameters, class... Arguments>
+int launch_tiles(void (*kernel)(Parameters...), int n_tiles, int device, void* stream,
+                 Arguments... arguments) {
+  if (cudaError_t error = cudaSetDevice(device)) return error;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(n_tiles);
+  config.blockDim = dim3(THREADS);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // A step on a GPU: one launch for all tensors of a bucket, one block per tile.
 //
 // Compiled twice: FO_EXACT=1 rounds every operation, FO_EXACT=0 may contract and approximate.
-#include <cuda_runtime.h>
-
 #include "registers.cuh"
 
 #define FO_API extern "C" __attribute__((visibility("default")))
@@ -98,9 +96,16 @@ FO_INLINE void update_singles(const Launch& launch, int64_t tensor, const Slots<
   }
 }
 
-// The second launch bound keeps 40 KiB and more in flight on a multiprocessor, with 2-byte planes only.
+// Blocks that a multiprocessor must hold so that it waits for enough bytes at once even if every plane is
+// narrow: 48 KiB is what CUB asks of an H200 (32 of an H100). More than ten blocks would leave a thread too
+// few registers.
+constexpr int blocks_in_flight(int planes) {
+  int bytes = planes * THREADS * Groups::COUNT * 2, blocks = (48 * 1024 + bytes - 1) / bytes;
+  return blocks < 10 ? blocks : 10;
+}
+
 template <class Rule>
-__global__ void __launch_bounds__(THREADS, 6 - Rule::slots)
+__global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
     step_kernel(const __grid_constant__ Launch launch) {
   int2 tile = launch.tiles[blockIdx.x];
   int64_t tensor = tile.x, n = launch.table.at(NUMEL, tensor);
@@ -128,27 +133,25 @@ constexpr bool is_narrow() {
   return true;
 }
 
-int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int device,
-                cudaStream_t stream) {
 #define FO_NARROW(codec) is_narrow<codec>(),
-  constexpr bool narrow[] = {FO_CODECS(FO_NARROW)};
+constexpr bool narrow_codecs[] = {FO_CODECS(FO_NARROW)};
 #undef FO_NARROW
+
+int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int device, void* stream) {
   if (Error error = check_ids(rule, codecs)) return -error;
   launch.narrow = true;
   for (int i = 0; i < 2 + state_counts[rule]; ++i) {
     launch.codecs[i] = codecs[i];
-    launch.narrow = launch.narrow && narrow[codecs[i]];
+    launch.narrow = launch.narrow && narrow_codecs[codecs[i]];
   }
-  if (cudaError_t error = cudaSetDevice(device)) return error;
   switch (rule) {
-#define FO_CASE(rule)                                           \
-  case id_##rule:                                               \
-    step_kernel<rule><<<n_tiles, THREADS, 0, stream>>>(launch); \
-    break;
+#define FO_CASE(rule) \
+  case id_##rule:     \
+    return launch_tiles(step_kernel<rule>, n_tiles, device, stream, launch);
     FO_RULES(FO_CASE)
 #undef FO_CASE
   }
-  return cudaGetLastError();
+  return -UNKNOWN_RULE;
 }
 
 }  // namespace
@@ -159,5 +162,5 @@ FO_API int FO_ARITHMETIC(fused_optim_cuda_step)(int rule, const int32_t* codecs,
                                                 const float* rows, int64_t row_length, const int64_t* layouts,
                                                 int device, void* stream) {
   Launch launch{{table, n}, reinterpret_cast<const int2*>(tiles), layouts, rows, row_length, {}, false};
-  return launch_step(rule, launch, codecs, n_tiles, device, static_cast<cudaStream_t>(stream));
+  return launch_step(rule, launch, codecs, n_tiles, device, stream);
 }

@@ -99,8 +99,7 @@ def main_jobs(sm: Iterable[int] = CAPABILITIES, rules: Iterable[str] = tuple(RUL
     sm = tuple(sm)
     jobs = step_jobs(rules, STORAGES, (True, False), sm)
     jobs += [job._replace(strided=True) for job in step_jobs(rules, STORAGES[1:2], (True,), sm)]
-    squares = itertools.product(FLOATS, (False, True), sm)
-    return jobs + [Job(None, (name,), True, strided, sm) for name, strided, sm in squares]
+    return jobs + [Job(None, (name,), True, False, capability) for name in FLOATS for capability in sm]
 
 
 def every_job(sm: Iterable[int], rules: Iterable[str]) -> list[Job]:

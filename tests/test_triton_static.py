@@ -19,6 +19,8 @@ from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.triton.budget import EXACT_INSTRUCTIONS, USABLE_SHARE
 
 pytest.importorskip("triton")
+# One worker compiles for all tests of this file.
+pytestmark = pytest.mark.xdist_group("triton_static")
 
 ROOT = Path(__file__).parents[1]
 

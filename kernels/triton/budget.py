@@ -18,13 +18,12 @@ EXACT_INSTRUCTIONS = {"sgd": 14, "sgd_momentum": 24, "lion": 27, "adam": 55, "ad
 
 
 class Shape(NamedTuple):
-    """Elements per program, per masked chunk and per aligned access; warps; most registers per thread."""
+    """Elements per program, per masked chunk and per aligned access; warps per program."""
 
     tile: int
     chunk: int
     vector: int
     warps: int
-    registers: int
 
 
 def launch_shape(codecs: Sequence[Codec]) -> Shape:
@@ -32,13 +31,10 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
 
     The widest plane is read 16 bytes at a time. Narrower ones follow with as many elements: a wider
     access would have to be redistributed through shared memory (a barrier per plane, 16 more registers).
-    The bound on registers keeps 512 threads on a multiprocessor; without one ptxas aims at more than
-    memory needs and spills for it (Triton 3.9: one strided Adam, three of nine sums of squares).
     """
     widest = max(plane.bits for codec in codecs for plane in codec.planes)
     narrow = sum(codec.bytes_per_value for codec in codecs) <= 2
-    registers = 64 if len(codecs) == 1 else 128
-    return Shape(4096 if narrow else 2048, 512, 128 // widest, warps=4, registers=registers)
+    return Shape(4096 if narrow else 2048, 512, 128 // widest, warps=4)
 
 
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:

@@ -38,19 +38,19 @@ def _walk(layout, start, offs, CHUNK: tl.constexpr):
     """Where elements ``start + offs`` of a strided tensor lie in the parameter and in the gradient."""
     p_offs = tl.zeros_like(offs).to(tl.int64)
     g_offs = p_offs
-    ndim = tl.load(layout)
-    for i in range(ndim):
-        size_ptr = layout + ndim - i
-        size = tl.load(size_ptr)
+    dim = tl.load(layout)
+    # Innermost first. While loops because Triton 3.6 interprets no range whose bound is loaded.
+    while dim > 0:
+        size = tl.load(layout + dim)
         outer = start // size
         first = start - outer * size
         # offs < CHUNK, so a size beyond CHUNK wraps at most once and the division by element is a 32-bit one.
         wrap = tl.minimum(size, CHUNK)
         carry = (offs + tl.maximum(first - size + wrap, 0).to(tl.int32)) // wrap.to(tl.int32)
         index = first + offs - carry * size
-        p_offs += index * tl.load(size_ptr + MAX_DIMS)
-        g_offs += index * tl.load(size_ptr + 2 * MAX_DIMS)
-        start, offs = outer, carry
+        p_offs += index * tl.load(layout + MAX_DIMS + dim)
+        g_offs += index * tl.load(layout + 2 * MAX_DIMS + dim)
+        start, offs, dim = outer, carry, dim - 1
     return p_offs, g_offs
 
 
@@ -107,9 +107,10 @@ def step(
             place = (start, tl.arange(0, TILE), None)
             _update(planes, (place, place, place), g_scale, k, RULE, CODECS, EXACT, VECTOR)
         else:
-            for done in range(0, count, CHUNK):
-                places = _chunk(layouts, table, n, start + done, count - done, CHUNK, STRIDED)
+            while count > 0:
+                places = _chunk(layouts, table, n, start, count, CHUNK, STRIDED)
                 _update(planes, places, g_scale, k, RULE, CODECS, EXACT, 1)
+                start, count = start + CHUNK, count - CHUNK
 
 
 @triton.jit
@@ -134,8 +135,9 @@ def square_sum(
         total = tl.sum(_squares(planes, (start, tl.arange(0, TILE), None), GRAD[0], VECTOR))
     else:
         squares = tl.zeros((CHUNK,), tl.float64)
-        for done in range(0, count, CHUNK):
-            place = _chunk(layouts, table, n, start + done, count - done, CHUNK, STRIDED)[2]
+        while count > 0:
+            place = _chunk(layouts, table, n, start, count, CHUNK, STRIDED)[2]
             squares += _squares(planes, place, GRAD[0], 1)
+            start, count = start + CHUNK, count - CHUNK
         total = tl.sum(squares)
     tl.store(partials + tl.program_id(0), total)

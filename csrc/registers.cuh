@@ -11,14 +11,12 @@ constexpr int THREADS = 128;
 // More than one round, because reading a tile's description takes three loads that wait for each other.
 constexpr int ROUNDS = 4;
 
-// Registers that COUNT elements of a plane fill.
-template <class Codec, int COUNT>
-constexpr FO_ANYWHERE int words_of(int plane) {
-  return (Codec::bytes(plane) * COUNT + 3) / 4;
-}
+// Registers that COUNT elements of a codec's first planes fill.
 template <class Codec, int COUNT>
 constexpr FO_ANYWHERE int words_before(int plane) {
-  return plane == 0 ? 0 : words_before<Codec, COUNT>(plane - 1) + words_of<Codec, COUNT>(plane - 1);
+  int words = 0;
+  for (int before = 0; before < plane; ++before) words += (Codec::bytes(before) * COUNT + 3) / 4;
+  return words;
 }
 template <int COUNT>
 constexpr int most_words() {

@@ -6,7 +6,7 @@ WORKERS ?= 2
 ARGS ?=
 
 python := $(VENV)/bin/python
-# Bytecode is compiled as modules are imported: for all of torch and transformers that is most of an installation's time.
+# Bytecode waits for the first import: for all of torch and transformers it is most of an installation.
 pip := $(python) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 inputs := pyproject.toml constraints.txt $(wildcard csrc/*)
 

@@ -14,7 +14,11 @@ selected=${2:-all} installed=${3:-}
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} here: set PYTHON" >&2; exit 2; }
+for python in ${PYTHON:-python3 "$root/.venv/bin/python"}; do
+  "$python" -c 'import torch' 2>/dev/null && python=$(command -v "$python") && break
+  python=""
+done
+[[ -n $python ]] || { echo "no Python with torch here: set PYTHON to one that has it" >&2; exit 2; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -24,7 +28,7 @@ build_limit=110 tests_limit=170 bench_limit=130 variants_limit=110
 
 # Only bench/ and tests/ come from the checkout: its fused_optim/ lacks kernels/ and would hide the installed one.
 mkdir "$work/checkout" && ln -s "$root/bench" "$root/tests" "$work/checkout"
-export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
+export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
 export PYTHONPATH=$work/site:$work/checkout${PYTHONPATH:+:$PYTHONPATH}
 cd "$work" || exit 2
 
@@ -53,13 +57,14 @@ build() {
   local source=$work/source
   mkdir "$source" && cp -r "$root"/{csrc,fused_optim,kernels,pyproject.toml,README.md} "$source" &&
     cp "$root"/LICENSE* "$source" &&
-    "$python" -m pip install --no-build-isolation --no-deps --no-index --quiet --target "$work/site" "$source" &&
+    "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$work/site" "$source" &&
     find "$work/site" -name '*.so' -exec ls -l {} +
 }
 export -f build
 export root python work
 
 if [[ -z $gpu ]]; then
+  build_limit=900
   echo "no GPU that torch can see. This machine can build, collect the GPU tests and try the benchmarks on its CPU;"
   echo "it cannot run the GPU tests, time a GPU or compare backends and arithmetics."
 else

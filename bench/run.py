@@ -201,10 +201,8 @@ def measure(
     return Outcome(case, shapes, rows, copy, in_place, len(copy.time.by_round))
 
 
-def free(outcome: Outcome) -> None:
-    """Gives the memory of a measured case back."""
-    for row in outcome.rows:
-        row.run = None
+def free() -> None:
+    """Gives memory that nothing refers to any more back to the device."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -113,11 +113,14 @@ def run(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
         shapes = parse(case.shapes)
         rounds = 3 if args.quick else args.rounds
         shapes = shrink(shapes) if args.quick else shapes
-        outcome = measure(case, shapes, device, rounds, args.budget, _ceiling_bytes(device, args.quick))
-        result["cases"].append(case_record(outcome, args.samples))
-        free(outcome)
+        ceiling = _ceiling_bytes(device, args.quick)
+        measured = measure(case, shapes, device, rounds, args.budget, ceiling)
+        result["cases"].append(case_record(measured, args.samples))
+        del measured
+        free()
         show(case_table(result["cases"][-1]))
         if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -57,7 +57,7 @@ class Adam(FusedOptimizer):
         >>> optimizer = fused_optim.Adam([weight], lr=0.5)
         >>> weight.grad = torch.tensor([3.0, -0.1])
         >>> optimizer.step()
-        >>> weight.tolist()
+        >>> [round(value, 4) for value in weight.tolist()]
         [0.5, -1.5]
 
     Source:

@@ -62,7 +62,7 @@ class Bed:
         sizes: Sequence[int],
         *,
         seed: int = 0,
-        odd_planes: bool = True,
+        odd_sizes: Sequence[int] = (257, 4096, 17, 257, 4096),
         steps_on_device: bool = False,
     ) -> None:
         self.case, self.arena, self.hypers = case, Arena(target.device), hypers(case.rule)
@@ -71,8 +71,8 @@ class Bed:
         key = Key(device, case.rule, case.param, case.grad, case.states, driver, True)
         planes = 2 + len(case.states)
         # Beside the sizes asked for: one tensor per plane in which just this plane is misaligned.
-        odd = [(size, plane) for plane, size in zip(range(planes), (257, 4096, 17, 257, 4096), strict=False)]
-        self._sizes = [(size, -1) for size in sizes] + odd * odd_planes
+        odd = [(size, plane) for plane, size in zip(range(planes), odd_sizes, strict=False)]
+        self._sizes = [(size, -1) for size in sizes] + odd
         self._seed, self.step_number = seed, 0
         self._grads = [self._gradients() for _ in range(2)]
         # Members of a group stand side by side, as in an optimizer.

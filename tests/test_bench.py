@@ -131,6 +131,32 @@ def test_interleaving_takes_turns_and_spares_the_slow() -> None:
     assert sorted(items[1].time.by_round) == [0, 1]
 
 
+class _Clock:
+    """Stands in for CUDA events: the device's time is 2 ms."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, stop: _Clock) -> float:
+        return 2.0
+
+
+def test_device_time_and_host_time_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    spins: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "Event", _Clock)
+    monkeypatch.setattr(torch.cuda, "_sleep", spins.append)
+    item = _Ticking("gpu", torch.device("cuda"))
+    item.sample(0, None)
+    assert item.time.by_round == {0: 2.0}
+    assert 0 < item.host.by_round[0] <= item.wall.by_round[0] < 2.0
+    assert spins and spins[0] >= 100 * 2000
+
+
 def test_command_writes_json_and_prints_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "step.json"
     arguments = ["--issue-table", "--quick", "--peers", "none", "--cases", "Lion", "--device", "cpu"]

@@ -19,7 +19,7 @@ from tests.oracles.codecs import every_value, nearest
 def _sent_through(target: Target, rule: str, param: str, grad: str, state: str, values: Tensor) -> Tensor:
     """Values that went, undisturbed, from the gradient into a zero parameter (sgd) or a new buffer."""
     case = Case(RULES[rule], CODECS[param], CODECS[grad], (CODECS[state],) * len(RULES[rule].slots))
-    bed = Bed(case, target, [len(values)], odd_planes=False)
+    bed = Bed(case, target, [len(values)], odd_sizes=())
     bed.hypers = [
         {**group, "lr": 1.0, "weight_decay": 0.0, "maximize": rule == "sgd"} for group in bed.hypers
     ]

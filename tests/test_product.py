@@ -19,13 +19,18 @@ from tests import cases
 from tests.arena import Bed, assert_equal_beds
 from tests.cases import Case, Target, assert_same_bits
 
-REFERENCE = Target("reference", "cpu")
+REFERENCE, INTERPRETER = Target("reference", "cpu"), Target("triton", "cpu")
 
 
 def _compare(
     case: Case, target: Target, sizes: Sequence[int], steps: int, seed: int, **options: bool
 ) -> None:
-    bed, expected = Bed(case, target, sizes, seed=seed, **options), Bed(case, REFERENCE, sizes, seed=seed)
+    if target == INTERPRETER:
+        # A chunk of a misaligned tensor takes the interpreter as long as a whole aligned tile.
+        options["odd_sizes"] = (257, 515, 17, 40, 300)
+    bed = Bed(case, target, sizes, seed=seed, **options)
+    options.pop("steps_on_device", None)
+    expected = Bed(case, REFERENCE, sizes, seed=seed, **options)
     before = expected.snapshot()
     for _ in range(steps):
         bed.step()
@@ -70,7 +75,7 @@ def test_step_counts_on_the_device(case: Case, target: Target) -> None:
 @pytest.mark.parametrize("rule", ["adam", "lion"])
 @pytest.mark.parametrize("target", cases.TARGETS)
 def test_thousands_of_tensors_at_once(rule: str, target: Target) -> None:
-    interpreted = target == Target("triton", "cpu")
+    interpreted = target == INTERPRETER
     bf16, fp32 = CODECS["bf16"], CODECS["fp32"]
     case = Case(RULES[rule], bf16, fp32, (fp32,) * len(RULES[rule].slots))
     count = 300 if interpreted else 4000

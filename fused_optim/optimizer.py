@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -23,7 +22,6 @@ from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
 
 Loss = TypeVar("Loss")
-_log = logging.getLogger("fused_optim")
 
 
 class _Plan(NamedTuple):

@@ -8,13 +8,13 @@
 namespace fo {
 
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
-constexpr int ABI = 1;
+constexpr int ABI = 2;
 
 // Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient.
-enum Column { NUMEL, ROW, ALIGNED, LAYOUT, HEADER };
+enum Column { NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER };
 
-// Floats of a row; the rule's scalars follow.
-enum RowEntry { ACTIVE, G_SCALE, SCALARS };
+// Words of a row, SEED and STEP being integers; the rule's scalars follow.
+enum RowEntry { ACTIVE, G_SCALE, SEED, STEP, SCALARS };
 
 struct Table {
   const int64_t* columns;

@@ -1,4 +1,4 @@
-"""Codecs with a scale per block: the maps, nearest encoding by brute force, exact repetition, error bounds."""
+"""Codecs with a scale per block: maps, nearest encoding by brute force, exact repetition, error bounds."""
 
 from __future__ import annotations
 

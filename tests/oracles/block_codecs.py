@@ -1,4 +1,4 @@
-"""Codecs with a scale per block, in float64 from their definitions: every value, and the nearest by brute force."""
+"""Codecs with a scale per block, in float64 from their definitions: values, and nearest by brute force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Array = np.ndarray
 
 
 def dynamic_map(signed: bool) -> Array:
-    """Dettmers et al. (arXiv 2110.02861, 8-bit blockwise quantisation): 7 decades of a linear fraction each."""
+    """Dettmers et al., 8-bit optimizers (arXiv 2110.02861): seven decades of a linear fraction each."""
     values = [0.0, 1.0]
     for exponent in range(7):
         count = 2**exponent if signed else 2 ** (exponent + 1)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -39,8 +39,11 @@ class _Plan(NamedTuple):
 class FusedOptimizer(Optimizer, ABC):
     """Base of all optimizers: one pass over memory for all tensors that share rule and storage.
 
-    Subclasses are final: they pass their defaults to this constructor and implement :meth:`_rule`.
+    Subclasses pass their defaults to this constructor and implement :meth:`_rule`; those of the
+    subclasses change nothing but options (``_preset``).
     """
+
+    _preset: ClassVar[Options] = {}
 
     _step_supports_amp_scaling = True
     _unknown_to_torch: frozenset[str] = frozenset()
@@ -56,7 +59,7 @@ class FusedOptimizer(Optimizer, ABC):
             raise TypeError(f"{type(self).__name__} does not know the options {unknown}; it has {known}")
         self._plan: _Plan | None = None
         self._skipped: Tensor | None = None
-        defaults = {**defaults, **OPTION_DEFAULTS, **options}
+        defaults = {**defaults, **OPTION_DEFAULTS, **self._preset, **options}
         check_group(defaults)
         super().__init__(params, defaults)
 

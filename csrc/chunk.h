@@ -103,7 +103,8 @@ template <class Codec>
 void find_tops(const float* values, int count, uint32_t* top, uint32_t* positive) {
   for (int begin = 0; begin < count; begin += Codec::block) {
     int end = begin + Codec::block < count ? begin + Codec::block : count;
-    U most(0u), most_positive(0u);
+    // The zeros behind the last element are positive.
+    U most(0u), most_positive(end - begin < Codec::block ? 0u : 0x80000000u);
     for (int i = begin; i < end; i += LANES) {
       F x = load<float>(values + i);
       most = at_least(most, magnitude(x));

@@ -180,24 +180,22 @@ FO_INLINE F pick(const float (&table)[16], U index) {
 #endif
 }
 
+// As a signed number.
 FO_INLINE uint32_t largest(U x) {
-#if defined(__AVX512F__)
-  __m512i all = reinterpret_cast<__m512i>(x.part[0]);
-  __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(all), _mm512_maskz_extracti64x4_epi64(0xff, all, 1));
-#elif defined(__AVX2__)
-  __m256i half =
-      _mm256_max_epi32(reinterpret_cast<__m256i>(x.part[0]), reinterpret_cast<__m256i>(x.part[1]));
-#endif
 #if defined(__AVX2__)
+  __m256i halves[2];
+  memcpy(halves, &x, sizeof x);
+  __m256i half = _mm256_max_epi32(halves[0], halves[1]);
   __m128i lanes = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   lanes = _mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
   lanes = _mm_max_epi32(lanes, _mm_shuffle_epi32(lanes, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(lanes));
 #else
-  uint32_t lanes[LANES], most = 0;
+  int32_t lanes[LANES];
   store(lanes, x);
-  for (uint32_t lane : lanes) most = lane > most ? lane : most;
-  return most;
+  int32_t most = lanes[0];
+  for (int32_t lane : lanes) most = lane > most ? lane : most;
+  return static_cast<uint32_t>(most);
 #endif
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import storage
+from . import states, storage
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_group
 
 if TYPE_CHECKING:
@@ -21,32 +21,68 @@ _OWN_KEY = "fused_optim"
 _FORMAT = 1
 
 
-def pack(state_dict: dict[str, Any], skipped: int) -> dict[str, Any]:
+def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state as it is stored, with step counts that have memory of their own."""
     state = {
         index: {key: value.clone() if key == "step" else value for key, value in entry.items()}
         for index, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": state, _OWN_KEY: {"format": _FORMAT, "skipped_steps": skipped}}
+    # A function cannot be saved safely, and a checkpoint does not decide about storage anyway.
+    groups = [
+        {key: value for key, value in group.items() if key != "keep_fp32" or not callable(value)}
+        for group in state_dict["param_groups"]
+    ]
+    own = {"format": _FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}
+    return {**state_dict, "state": state, "param_groups": groups, _OWN_KEY: own}
 
 
-def pack_portable(state_dict: dict[str, Any], unknown: Collection[str]) -> dict[str, Any]:
+def _orders(optimizer: FusedOptimizer) -> dict[int, list[int]]:
+    """In which order the dimensions of parameters lie in memory, where it is not the usual one.
+
+    Blocks of values that share a scale run through memory.
+    """
+    orders: dict[int, list[int]] = {}
+    for index, (_, _, param) in enumerate(optimizer._parameters()):
+        order = _memory_order(param)
+        if order != list(range(param.ndim)):
+            orders[index] = order
+    return orders
+
+
+def _memory_order(param: Tensor) -> list[int]:
+    return sorted(range(param.ndim), key=param.stride, reverse=True)
+
+
+def pack_portable(
+    optimizer: FusedOptimizer, state_dict: dict[str, Any], unknown: Collection[str]
+) -> dict[str, Any]:
     """The state in fp32 without what torch.optim does not know."""
     groups = [
         {key: value for key, value in group.items() if key not in OPTION_DEFAULTS and key not in unknown}
         for group in state_dict["param_groups"]
     ]
-    state = {index: _portable(entry, unknown) for index, entry in state_dict["state"].items()}
+    places = {index: place for index, place in enumerate(optimizer._parameters())}
+    state = {
+        index: _portable(optimizer, *places[index], unknown) if index in places else entry
+        for index, entry in state_dict["state"].items()
+    }
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _portable(entry: dict[str, Any], unknown: Collection[str]) -> dict[str, Any]:
-    narrow = (torch.bfloat16, torch.float16)
+def _portable(
+    optimizer: FusedOptimizer, group: int, position: int, param: Tensor, unknown: Collection[str]
+) -> dict[str, Any]:
+    """A parameter's state in values, other entries as they are."""
+    entry, key = optimizer.state[param], optimizer._key(group, position, param)
+    planes = storage.planes_of(key.param, key.rule, key.states)
     values = {
-        key: value.clone() if key == "step" else value.float() if value.dtype in narrow else value
-        for key, value in entry.items()
-        if key not in unknown
+        name: value.clone() if name == "step" else value
+        for name, value in entry.items()
+        if name not in unknown and name not in planes
     }
+    for slot, codec in zip(key.rule.slots, key.states, strict=True):
+        if entry.get(slot.name) is not None:
+            values[slot.name] = states.decode(param, entry, slot.name, codec)
     # A buffer before its first step is no buffer: torch would take its zeros for momentum.
     return dict.fromkeys(values) if "step" in unknown and not entry["step"] else values
 
@@ -95,8 +131,10 @@ def unpack(
             continue
         group, position = place_of[key]
         param = live_groups[group]["params"][position]
-        own_codecs = saved_groups[group].get("state_codec") if own is not None else None
-        state[param] = _load(optimizer, (group, position), groups[group], entry, own_codecs)
+        saved_group = saved_groups[group] if own is not None else None
+        order = None if own is None else own.get("memory_order", {}).get(key, list(range(param.ndim)))
+        moved = order if order != _memory_order(param) else None
+        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, moved)
     skipped = own["skipped_steps"] if own is not None else 0
     return groups, state, torch.tensor(skipped) if skipped else None
 
@@ -106,18 +144,33 @@ def _load(
     place: tuple[int, int],
     group: dict[str, Any],
     entry: dict[str, Any],
-    saved: Any,
+    saved: dict[str, Any] | None,
+    dims: list[int] | None,
 ) -> dict[str, Any]:
-    """One parameter's state, in the optimizer's codecs."""
-    name, param = optimizer._name(*place), group["params"][place[1]]
+    """One parameter's state, in the optimizer's codecs; ``saved``: its group, if planes were saved."""
+    name, own_name, param = (
+        optimizer._name(*place),
+        optimizer._parameter_name(*place),
+        group["params"][place[1]],
+    )
     rule = optimizer._rule(group)
-    codecs = storage.state_codecs(name, param, group, rule)
+    now = states.Stored(
+        storage.param_codec(name, param, group), storage.state_codecs(name, own_name, param, group, rule)
+    )
     if not any(value is not None for value in entry.values()):
         return {}
-    if saved is not None and storage.state_codecs(name, param, {"state_codec": saved}, rule) != codecs:
+    if saved is None:
+        return states.load(name, entry, param, rule, now, None)
+    # What keep_fp32 says now: what it said then is seen in the planes.
+    given = {"state_codec": "auto", "param_codec": "auto", **saved, "keep_fp32": group["keep_fp32"]}
+    if storage.state_codecs(name, own_name, param, given, rule) != now.states:
         raise ValueError(
-            f"the state dict keeps the states of {name} as {saved!r}, the optimizer as "
+            f"the state dict keeps the states of {name} as {given['state_codec']!r}, the optimizer as "
             f"{group['state_codec']!r}; construct it with the same state_codec, or save "
             "with state_dict(portable=True)"
         )
-    return storage.encode_state(name, entry, param, rule, codecs)
+    before = states.Stored(
+        storage.param_codec(name, param, given),
+        storage.state_codecs(name, own_name, param, {**given, "keep_fp32": ()}, rule),
+    )
+    return states.load(name, entry, param, rule, now, before, dims)

@@ -108,32 +108,26 @@ def catalogue() -> str:
     Example:
         >>> from fused_optim.info import catalogue
         >>> print(catalogue().splitlines()[0])
-        Rules: bytes per parameter of the states, by the codec that stores them
+        Codecs: bytes per value, largest relative error of encoding, tensors in memory,
     """
-    stored = [codec for codec in CODECS.values() if codec.compute == "float32"]
-    rules = [("rule", *(codec.name for codec in stored), "states")] + [
-        (
-            rule.name,
-            *(f"{len(rule.slots) * codec.bytes_per_value:g}" for codec in stored),
-            ", ".join(slot.name for slot in rule.slots) or "none",
-        )
-        for rule in RULES.values()
-    ]
-    codecs = [("codec", "bytes", "error", "planes")] + [
-        (
-            codec.name,
-            f"{codec.bytes_per_value:g}",
-            f"{codec.relative_error:.1g}" if codec.relative_error else "0",
-            ", ".join(plane.dtype for plane in codec.planes),
-        )
-        for codec in CODECS.values()
-    ]
+    header = ("codec", "bytes", "error", "planes", *RULES)
+    rows: list[tuple[str, ...]] = []
+    for codec in CODECS.values():
+        error = f"{codec.relative_error:.1g}" if codec.relative_error else "0"
+        planes = ", ".join(plane.dtype for plane in codec.planes)
+        states = [f"{len(rule.slots) * codec.bytes_per_value:.4g}" for rule in RULES.values()]
+        rows.append((codec.name, f"{codec.bytes_per_value:.4g}", error, planes, *states))
     return "\n".join(
         [
-            "Rules: bytes per parameter of the states, by the codec that stores them",
-            *(f"  {line}" for line in _columns(rules)),
-            "Codecs: bytes per value, largest relative error of encoding, tensors in memory",
-            *(f"  {line}" for line in _columns(codecs)),
+            "Codecs: bytes per value, largest relative error of encoding, tensors in memory,",
+            "and bytes per parameter of each rule's states if all of them are stored like this",
+            *(f"  {line}" for line in _columns([header, *rows])),
+            "Rules and their states",
+            *(f"  {line}" for line in _columns(_states_of_rules())),
             "Any rule works with any codec for the parameters and for each of its states.",
         ]
     )
+
+
+def _states_of_rules() -> list[tuple[str, str]]:
+    return [(rule.name, ", ".join(slot.name for slot in rule.slots) or "none") for rule in RULES.values()]

@@ -145,8 +145,8 @@ class FusedOptimizer(Optimizer, ABC):
         """
         packed = super().state_dict()
         if portable:
-            return checkpoint.pack_portable(packed, self._unknown_to_torch)
-        return checkpoint.pack(packed, self.skipped_steps)
+            return checkpoint.pack_portable(self, packed, self._unknown_to_torch)
+        return checkpoint.pack(self, packed)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,20 +179,26 @@ class FusedOptimizer(Optimizer, ABC):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
-    def _name(self, group: int, position: int) -> str:
+    def _parameter_name(self, group: int, position: int) -> str:
+        """What the user calls a parameter; empty if it came without a name."""
         names = self.param_groups[group].get("param_names")
-        return f"parameter {position} of group {group}" + (f" ({names[position]!r})" if names else "")
+        return names[position] if names else ""
+
+    def _name(self, group: int, position: int) -> str:
+        name = self._parameter_name(group, position)
+        return f"parameter {position} of group {group}" + (f" ({name!r})" if name else "")
 
     def _key(self, group_index: int, position: int, param: Tensor) -> Key:
         """Which bucket a parameter belongs to, its gradient being stored as itself."""
         group, name = self.param_groups[group_index], self._name(group_index, position)
         rule = self._rule(group)
         param_codec = storage.param_codec(name, param, group)
-        states = storage.state_codecs(name, param, group, rule)
-        driver = dispatch.choose(param.device.type, param_codec.compute, group["backend"])
-        codecs = (param_codec, param_codec, *states)
+        states = storage.state_codecs(name, self._parameter_name(group_index, position), param, group, rule)
+        driver = dispatch.choose(param.device.type, (param_codec, *states), group["backend"])
+        grad_codec = storage.plain_codec(param)
+        codecs = (param_codec, grad_codec, *states)
         exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
-        return Key(param.device, rule, param_codec, param_codec, states, driver, exact)
+        return Key(param.device, rule, param_codec, grad_codec, states, driver, exact)
 
     def _needs_norm(self) -> bool:
         return any(
@@ -278,12 +284,13 @@ class FusedOptimizer(Optimizer, ABC):
                 f"{names[0]} and {names[1]} share memory and cannot both be updated; pass the tensor once"
             )
         for (_, _, param), key in zip(active, keys, strict=True):
-            storage.complete_state(self.state[param], param, key.rule, key.states)
+            storage.complete_state(self.state[param], param, key.rule, key.param, key.states)
+        everything = [p for _, _, p in self._parameters()]
+        ordinals = {id(param): index for index, param in enumerate(everything)}
         members = [
-            Member(key, group, param, self.state[param], storage.local_view)
+            Member(key, group, param, self.state[param], storage.local_view, ordinals[id(param)])
             for (group, _, param), key in zip(active, keys, strict=True)
         ]
-        everything = [p for _, _, p in self._parameters()]
         idle = [p for p in everything if p.grad is None]
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
@@ -297,7 +304,7 @@ class FusedOptimizer(Optimizer, ABC):
         storage.check_parameter(name, param)
         grad_codec = storage.check_gradient(name, param, grad, self._needs_norm())
         key = self._key(group, position, param)
-        storage.check_state(name, self.state.get(param, {}), param, key.rule, key.states)
+        storage.check_state(name, self.state.get(param, {}), param, key.rule, key.param, key.states)
         return key._replace(grad=grad_codec)
 
     def _update(self, buckets: list[Bucket]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from .kernels.codecs import CODECS
+from .kernels.codecs import PARAM_CODECS, STATE_CODECS
 from .kernels.dispatch import ARITHMETICS, BACKENDS
+from .precision import SMALL, KeepFp32, check_keep_fp32
 
 
 class Options(TypedDict, total=False):
@@ -18,8 +19,14 @@ class Options(TypedDict, total=False):
 
     Attributes:
         state_codec: storage of the states: ``"auto"`` (fp32; fp64 for float64 parameters), a codec's
-            name, or a mapping from state names to codecs, such as ``{"exp_avg": "bf16"}``.
-        param_codec: storage of the parameters: ``"auto"`` (as the tensor's dtype says) or its name.
+            name, or a mapping from state names to codecs, such as ``{"exp_avg": "int8"}``.
+        param_codec: storage of the parameters: ``"auto"`` (as the tensor's dtype says), or a codec whose
+            first plane is the tensor itself, such as ``"bf16_split8"`` for bfloat16 parameters.
+        keep_fp32: whose states stay in fp32 although ``state_codec`` has 8 or 4 bits: parameters with
+            fewer elements than a number, whose names match a pattern (name them:
+            ``AdamW(model.named_parameters())``), several of these, or a function of name and parameter.
+        seed: of the random bits of codecs that round stochastically; from 0 to 2**32 - 1. Replicas that
+            must stay equal need the same seed.
         clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
             loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
         skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
@@ -31,6 +38,8 @@ class Options(TypedDict, total=False):
 
     state_codec: str | Mapping[str, str]
     param_codec: str
+    keep_fp32: KeepFp32
+    seed: int
     clip_grad_norm: float | None
     skip_nonfinite: bool
     backend: str
@@ -40,13 +49,15 @@ class Options(TypedDict, total=False):
 OPTION_DEFAULTS: Options = {
     "state_codec": "auto",
     "param_codec": "auto",
+    "keep_fp32": SMALL,
+    "seed": 0,
     "clip_grad_norm": None,
     "skip_nonfinite": False,
     "backend": "auto",
     "arithmetic": "auto",
 }
 
-ENGINE_OPTIONS = ("state_codec", "param_codec", "backend", "arithmetic")
+ENGINE_OPTIONS = ("state_codec", "param_codec", "keep_fp32", "backend", "arithmetic")
 """Options that say how this process stores and computes, which a checkpoint does not override."""
 
 
@@ -117,12 +128,18 @@ def _options(group: Mapping[str, Any]) -> None:
             raise TypeError("clip_grad_norm must be a float or None, not a tensor")
     if not isinstance(group["skip_nonfinite"], bool):
         raise TypeError(f"skip_nonfinite must be True or False, got {group['skip_nonfinite']!r}")
-    for name in ("state_codec", "param_codec"):
+    for name, known in (("state_codec", STATE_CODECS), ("param_codec", PARAM_CODECS)):
         given = group[name]
         names = given.values() if name == "state_codec" and isinstance(given, Mapping) else (given,)
         for codec in names:
-            if codec != "auto" and codec not in CODECS:
-                raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(CODECS)}")
+            if codec != "auto" and codec not in known:
+                raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(known)}")
+    check_keep_fp32(group["keep_fp32"])
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed={seed} is out of range; allowed: 0 to 2**32 - 1")
 
 
 def check_group(group: Mapping[str, Any]) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .kernels.codecs import CODECS, OF_DTYPE
+from .kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, for_slot
 from .kernels.layout import follows
-from .kernels.spec import Codec, Rule
+from .kernels.spec import Codec, Plane, Rule
+from .precision import keeps_full_precision
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -37,6 +38,13 @@ def codec_of(tensor: Tensor) -> Codec | None:
     dtype = _REAL.get(tensor.dtype, tensor.dtype)
     name = OF_DTYPE.get(str(dtype).removeprefix("torch."))
     return None if name is None else CODECS[name]
+
+
+def plain_codec(tensor: Tensor) -> Codec:
+    """The codec of a tensor that has passed :func:`check_parameter`."""
+    codec = codec_of(tensor)
+    assert codec is not None
+    return codec
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -77,8 +85,7 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> 
             f"the gradient of {name} is sparse ({grad.layout}); use sparse=False in the embedding, or "
             "torch.optim.SparseAdam for this parameter"
         )
-    own, codec = codec_of(param), codec_of(grad)
-    assert own is not None
+    own, codec = plain_codec(param), codec_of(grad)
     fits = codec is not None and codec.compute == own.compute and grad.is_complex() == param.is_complex()
     if codec is None or not fits or grad.shape != param.shape or grad.device != param.device:
         raise ValueError(
@@ -105,22 +112,33 @@ def param_codec(name: str, param: Tensor, group: Mapping[str, Any]) -> Codec:
     Raises:
         ValueError: ``param_codec`` does not fit the tensor's dtype.
     """
-    own = codec_of(param)
-    assert own is not None
-    if group["param_codec"] not in ("auto", own.name):
+    own, wanted = plain_codec(param), group["param_codec"]
+    fitting = [codec for codec in PARAM_CODECS if CODECS[codec].planes[0].dtype == own.planes[0].dtype]
+    if param.is_complex():
+        fitting = [own.name]
+    if wanted != "auto" and wanted not in fitting:
         raise ValueError(
-            f"param_codec={group['param_codec']!r} does not fit {name} of dtype {param.dtype}; "
-            f"use 'auto' or {own.name!r}, or convert the parameter"
+            f"param_codec={wanted!r} does not fit {name} of dtype {param.dtype}; "
+            f"use 'auto' or one of {fitting}, or convert the parameter"
         )
-    return own
+    return own if wanted == "auto" else CODECS[wanted]
 
 
-def state_codecs(name: str, param: Tensor, group: Mapping[str, Any], rule: Rule) -> tuple[Codec, ...]:
+def state_codecs(
+    name: str, own_name: str, param: Tensor, group: Mapping[str, Any], rule: Rule
+) -> tuple[Codec, ...]:
     """The codec of each slot of a rule.
 
+    Args:
+        name: of the parameter in messages.
+        own_name: what the user calls it; may be empty.
+        param: the parameter.
+        group: its options.
+        rule: what its group follows.
+
     Raises:
-        ValueError: a mapping names a state that the rule lacks, or a complex or float64 parameter
-            is asked to keep its states in another precision.
+        ValueError: a mapping names a state that the rule lacks, or a parameter is asked to keep its
+            states in a precision that it cannot.
     """
     given = group["state_codec"]
     names = [slot.name for slot in rule.slots]
@@ -131,97 +149,92 @@ def state_codecs(name: str, param: Tensor, group: Mapping[str, Any], rule: Rule)
         wanted = [given.get(slot, "auto") for slot in names]
     else:
         wanted = [given] * len(names)
-    own = codec_of(param)
-    assert own is not None
-    default = "fp64" if own.name == "fp64" else "fp32"
-    chosen = tuple(CODECS[default if codec == "auto" else codec] for codec in wanted)
-    for slot, codec in zip(names, chosen, strict=True):
-        if codec.name != default and (param.is_complex() or "fp64" in (codec.name, default)):
+    default = "fp64" if plain_codec(param).name == "fp64" else "fp32"
+    full = keeps_full_precision(own_name, param, group["keep_fp32"])
+    chosen: list[Codec] = []
+    for slot, codec in zip(rule.slots, wanted, strict=True):
+        if codec not in ("auto", default) and (param.is_complex() or "fp64" in (codec, default)):
             raise ValueError(
-                f"state_codec={codec.name!r} for {slot} of {name} ({param.dtype}): "
+                f"state_codec={codec!r} for {slot.name} of {name} ({param.dtype}): "
                 f"such parameters keep their states in {default}; use 'auto'"
             )
-    return chosen
+        exempt = codec == "auto" or (full and CODECS[codec].block > 1)
+        chosen.append(CODECS[default] if exempt else for_slot(codec, slot.signed))
+        if chosen[-1].block > 1 and is_dtensor(param):
+            raise ValueError(
+                f"state_codec={codec!r} for {slot.name} of {name}: blocks that share a scale cannot be split "
+                "with a DTensor yet; use 'bf16', 'bf16_sr' or 'fp32', or keep_fp32 for this parameter"
+            )
+    return tuple(chosen)
 
 
-def _state_dtype(param: Tensor, dtype: str) -> torch.dtype:
-    return param.dtype if param.is_complex() else getattr(torch, dtype)
+def planes_of(param: Codec, rule: Rule, states: tuple[Codec, ...]) -> dict[str, Plane]:
+    """Every plane beside the parameter itself, under its key in the state."""
+    owners = [("param", param.planes[1:])]
+    owners += [(slot.name, codec.planes) for slot, codec in zip(rule.slots, states, strict=True)]
+    return {owner + plane.suffix: plane for owner, planes in owners for plane in planes}
 
 
-def _like(param: Tensor, dtype: str, value: Tensor | None = None) -> Tensor:
-    """Zeros, or a copy of ``value``, dense and in the parameter's memory order."""
-    out = torch.zeros_like(param, dtype=_state_dtype(param, dtype), memory_format=torch.preserve_format)
+def _plane_dtype(param: Tensor, plane: Plane) -> torch.dtype:
+    return param.dtype if param.is_complex() else getattr(torch, plane.dtype)
+
+
+def plane_shape(plane: Plane, shape: torch.Size) -> tuple[int, ...]:
+    """A parameter's shape, or a vector where values share an entry."""
+    return tuple(shape) if plane.per == 1 else (-(-shape.numel() // plane.per),)
+
+
+def empty_plane(param: Tensor, plane: Plane) -> Tensor:
+    """Zeros: in the parameter's shape and memory order, or a vector where values share an entry."""
+    dtype = _plane_dtype(param, plane)
+    if plane.per > 1:
+        return torch.zeros(plane_shape(plane, param.shape), dtype=dtype, device=param.device)
+    out = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     assert follows(local_view(out), local_view(param))
-    return out if value is None else out.copy_(value)
+    return out
 
 
-def complete_state(state: dict[str, Any], param: Tensor, rule: Rule, codecs: tuple[Codec, ...]) -> None:
+def complete_state(
+    state: dict[str, Any], param: Tensor, rule: Rule, param_codec: Codec, codecs: tuple[Codec, ...]
+) -> None:
     """Adds the step count and the planes that a state lacks, as zeros."""
     # Momentum without a count comes from torch.optim.SGD, after its first step.
     started = any(isinstance(state.get(slot.name), Tensor) for slot in rule.slots)
     step = state.get("step", 1.0 if started else 0.0)
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.ndim:
         state["step"] = torch.tensor(float(step), dtype=torch.float32)
-    for slot, codec in zip(rule.slots, codecs, strict=True):
-        for plane in codec.planes:
-            if state.get(slot.name + plane.suffix) is None:
-                state[slot.name + plane.suffix] = _like(param, plane.dtype)
+    for key, plane in planes_of(param_codec, rule, codecs).items():
+        if state.get(key) is None:
+            state[key] = empty_plane(param, plane)
 
 
 def check_state(
-    name: str, state: Mapping[str, Any], param: Tensor, rule: Rule, codecs: tuple[Codec, ...]
+    name: str,
+    state: Mapping[str, Any],
+    param: Tensor,
+    rule: Rule,
+    param_codec: Codec,
+    codecs: tuple[Codec, ...],
 ) -> None:
     """Refuses states that somebody replaced by something that does not fit.
 
     Raises:
         ValueError: shape, dtype, device or memory order of a plane is not the expected one.
     """
-    for slot, codec in zip(rule.slots, codecs, strict=True):
-        for plane in codec.planes:
-            value = state.get(slot.name + plane.suffix)
-            if value is None:
-                continue
-            expected = _state_dtype(param, plane.dtype)
-            if value.dtype != expected or value.device != param.device or value.shape != param.shape:
-                raise ValueError(
-                    f"state {slot.name + plane.suffix!r} of {name} is {tuple(value.shape)} {value.dtype} on "
-                    f"{value.device}; expected {tuple(param.shape)} {expected} on {param.device}. Move "
-                    "states with the parameters, and load checkpoints with load_state_dict"
-                )
-            if not follows(local_view(value), local_view(param)):
-                raise ValueError(
-                    f"state {slot.name + plane.suffix!r} of {name} has strides {value.stride()}, which do "
-                    f"not follow the parameter's {param.stride()}; load it with load_state_dict"
-                )
-
-
-def encode_state(
-    name: str, saved: Mapping[str, Any], param: Tensor, rule: Rule, codecs: tuple[Codec, ...]
-) -> dict[str, Any]:
-    """A parameter's state from a checkpoint's values of any float dtype; nothing is aliased.
-
-    Raises:
-        ValueError: another optimizer's keys, or another model's shapes.
-    """
-    expected = {slot.name for slot in rule.slots}
-    found = {key for key, value in saved.items() if value is not None and key != "step"}
-    if found != expected:
-        raise ValueError(
-            f"the state dict holds {sorted(found)} for {name}, but {rule.name} keeps {sorted(expected)}: "
-            "it belongs to another optimizer or to other options"
-        )
-    state: dict[str, Any] = {}
-    if saved.get("step") is not None:
-        state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).detach().reshape(()).clone()
-    for slot, codec in zip(rule.slots, codecs, strict=True):
-        value = saved[slot.name]
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    for key, plane in planes_of(param_codec, rule, codecs).items():
+        value = state.get(key)
+        if value is None:
+            continue
+        expected, shape = _plane_dtype(param, plane), plane_shape(plane, param.shape)
+        if value.dtype != expected or value.device != param.device or tuple(value.shape) != shape:
             raise ValueError(
-                f"state {slot.name!r} of {name} has shape {shape} in the state dict, the parameter has "
-                f"{tuple(param.shape)}: it belongs to another model"
+                f"state {key!r} of {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "
+                f"expected {shape} {expected} on {param.device}. Move states with the parameters, and "
+                "load checkpoints with load_state_dict"
             )
-        for plane in codec.planes:
-            state[slot.name + plane.suffix] = _like(param, plane.dtype, value)
-    complete_state(state, param, rule, codecs)
-    return state
+        in_order = value.is_contiguous() if plane.per > 1 else follows(local_view(value), local_view(param))
+        if not in_order:
+            raise ValueError(
+                f"state {key!r} of {name} has strides {value.stride()}, which do not follow the "
+                f"parameter's {param.stride()}; load it with load_state_dict"
+            )

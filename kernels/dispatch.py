@@ -66,17 +66,27 @@ def _log_once(message: str) -> None:
     _log.warning(message)
 
 
+def _unusable(backend: str, device_type: str, codecs: tuple[Codec, ...]) -> str | None:
+    """Why a backend cannot update tensors that are stored like this."""
+    reason = _unavailable(backend, device_type)
+    if reason is not None:
+        return reason
+    missing = sorted({codec.name for codec in codecs if _module(backend).lacks(codec.name)})
+    return f"it has no {' and no '.join(missing)}" if missing else None
+
+
 @cache
-def choose(device_type: str, compute: str, backend: str) -> Driver:
-    """The driver for tensors on a kind of device.
+def choose(device_type: str, codecs: tuple[Codec, ...], backend: str) -> Driver:
+    """The driver for tensors on a kind of device: codecs of the parameter and its states.
 
     Raises:
         ValueError: ``backend`` names one that cannot run these tensors.
     """
+    compute = codecs[0].compute
     if backend == "auto":
         if compute != "float64":
             for name in _PREFERENCE.get(device_type, ()):
-                reason = _unavailable(name, device_type)
+                reason = _unusable(name, device_type, codecs)
                 if reason is None:
                     return _driver(name)
                 _log_once(f"{name} kernels are not used on {device_type}: {reason}")
@@ -86,9 +96,9 @@ def choose(device_type: str, compute: str, backend: str) -> Driver:
             f"backend={backend!r} computes in float32 and cannot update float64 parameters; "
             "use backend='auto' or 'reference' for them"
         )
-    reason = _unavailable(backend, device_type)
+    reason = _unusable(backend, device_type, codecs)
     if reason is not None:
-        usable = [name for name in _MODULES if _unavailable(name, device_type) is None]
+        usable = [name for name in _MODULES if _unusable(name, device_type, codecs) is None]
         raise ValueError(f"backend={backend!r} cannot run here: {reason}. Backends usable here: {usable}")
     return _driver(backend)
 

@@ -62,3 +62,13 @@ def follows(state: Tensor, param: Tensor) -> bool:
             return False
         expected *= state.shape[dim]
     return True
+
+
+def flat(plane: Tensor, param: Tensor) -> Tensor:
+    """A plane's memory with the dimensions in the order in which the parameter's lie, as a view.
+
+    Planes of another shape (scales, packed codes) are in that order already.
+    """
+    if plane.shape != param.shape:
+        return plane
+    return plane.permute(sorted(range(param.ndim), key=param.stride, reverse=True))

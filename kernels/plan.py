@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import lookup
 from . import rows as row_tools
 from .aliasing import Occupied, Written, extent
 from .control import Control
@@ -25,8 +26,11 @@ from .layout import LAYOUT_LENGTH, Layout, layout_of
 from .spec import Codec, Hyper, Rule
 from .staging import Staging
 
-NUMEL, ROW, ALIGNED, LAYOUT, HEADER = range(5)
-"""Columns of ``Bucket.table``; the planes' addresses follow, the gradient's last."""
+NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER = range(6)
+"""Columns of ``Bucket.table``, then addresses of each codec's planes and lookup table, gradient last."""
+
+SEED, STEP = 2, 3
+"""Words of a row that are integers."""
 
 _address = Tensor.data_ptr
 
@@ -53,13 +57,17 @@ class Key(NamedTuple):
 
 @dataclass
 class Member:
-    """One parameter in a plan: ``param`` as the user holds it, ``state`` its dictionary."""
+    """One parameter in a plan: ``param`` as the user holds it, ``state`` its dictionary.
+
+    ``ordinal`` is its index among all parameters of the optimizer.
+    """
 
     key: Key
     group: int
     param: Tensor
     state: dict[str, Any]
     local: Callable[[Tensor], Tensor]
+    ordinal: int = 0
     numel: int = field(init=False)
     layout: Layout = field(init=False)
 
@@ -69,16 +77,21 @@ class Member:
         self.numel, self.layout = param.numel(), layout_of(param, self.local(self.param.grad))
 
     def planes(self) -> list[list[Tensor]]:
-        """The state's planes, slot by slot."""
+        """The planes of the parameter, the parameter itself being the first, then those of each slot."""
+        homes = [[self.local(self.state[name]) for name in names] for names in self._names()]
+        homes[0].insert(0, self.local(self.param))
+        return homes
+
+    def _names(self) -> list[list[str]]:
+        owners = ["param", *(slot.name for slot in self.key.rule.slots)]
+        codecs = [self.key.param.planes[1:], *(codec.planes for codec in self.key.states)]
         return [
-            [self.local(self.state[slot.name + plane.suffix]) for plane in codec.planes]
-            for slot, codec in zip(self.key.rule.slots, self.key.states, strict=True)
+            [owner + plane.suffix for plane in planes] for owner, planes in zip(owners, codecs, strict=True)
         ]
 
     def plane_names(self) -> tuple[str, ...]:
         """Keys of the state under which the planes are."""
-        slots = zip(self.key.rule.slots, self.key.states, strict=True)
-        return tuple(slot.name + plane.suffix for slot, codec in slots for plane in codec.planes)
+        return tuple(chain.from_iterable(self._names()))
 
 
 def _adopt_steps(members: Sequence[Member], device: torch.device) -> Tensor:
@@ -100,8 +113,11 @@ class Bucket:
         local = self._local = members[0].local
         self.owners = [m.param for m in members]
         self.params = [local(p) for p in self.owners]
-        self.param_planes = [[p] for p in self.params]
-        self.state_planes = [m.planes() for m in members]
+        planes = [m.planes() for m in members]
+        self.param_planes = [param for param, *_ in planes]
+        self.state_planes = [states for _, *states in planes]
+        self.random = any(codec.random for codec in (key.param, *key.states))
+        self.ordinals = [m.ordinal for m in members]
         self.grads: list[Tensor] = []
         self.numels = [p.numel() for p in self.params]
         self.launched = self.numels[0] > 0
@@ -149,15 +165,15 @@ class Bucket:
         self.row_count = len(self.cohorts)
 
     def _allocate(self) -> None:
-        n, planes = len(self.members), [list(chain.from_iterable(p)) for p in self.state_planes]
-        columns = HEADER + len(self.param_planes[0]) + len(planes[0]) + 1
+        n, addresses = len(self.members), self._addresses()
+        columns = HEADER + len(addresses[0]) + 1
         row_dtype = torch.float64 if self.param.compute == "float64" else torch.float32
         row_words = -(-self.row_count * self.rule.row_length * row_dtype.itemsize // 8)
         memory = torch.zeros(columns * n + row_words, dtype=torch.int64)
         table = memory[: columns * n].view(columns, n)
         table[NUMEL] = torch.tensor(self.numels)
         table[ROW] = torch.tensor(self.row_indices)
-        addresses = [[t.data_ptr() for t in [*p, *s]] for p, s in zip(self.param_planes, planes, strict=True)]
+        table[ORDINAL] = torch.tensor(self.ordinals)
         table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
         self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
         self.layouts = None
@@ -173,6 +189,22 @@ class Bucket:
         self.rows = rows[: shape[0] * shape[1]].view(shape)
         self._host_rows = memory[columns * n :].numpy().view(str(row_dtype).removeprefix("torch."))
         self._host_rows = self._host_rows[: shape[0] * shape[1]].reshape(shape)
+
+    def _addresses(self) -> list[list[int]]:
+        """Of each member: every codec's planes and lookup table, without the gradient."""
+        codecs = (self.param, *self.states)
+        tables = [[lookup.table(c.lookup, self.device)] if c.lookup else [] for c in codecs]
+        return [
+            [t.data_ptr() for home, extra in zip([p, *s], tables, strict=True) for t in (*home, *extra)]
+            for p, s in zip(self.param_planes, self.state_planes, strict=True)
+        ]
+
+    def random_key(self, row: int) -> tuple[int, int]:
+        """Seed and step of a row (reads the device)."""
+        if not self.random:
+            return 0, 0
+        seed, step = self.rows.view(torch.int32)[row, SEED : STEP + 1].tolist()
+        return seed & 0xFFFFFFFF, step
 
     def tiles(self, size: int) -> Tensor:
         """``[n_tiles, 2]`` int32: (tensor, tile within it) for tiles of ``size`` elements."""
@@ -220,9 +252,11 @@ class Bucket:
 
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""
-        for owner, param, state in zip(self.owners, self.params, self.state_planes, strict=True):
+        for owner, (param, *rest), states in zip(
+            self.owners, self.param_planes, self.state_planes, strict=True
+        ):
             yield Written(param, owner, True)
-            yield from (Written(plane, owner, False) for plane in chain.from_iterable(state))
+            yield from (Written(plane, owner, False) for plane in chain(rest, *states))
 
     def find_aliased(self, occupied: Occupied) -> int | None:
         """Index of a member whose gradient lies in memory that the step writes, if any does."""
@@ -240,11 +274,14 @@ class Bucket:
             for group, part in self._group_parts():
                 hyper = row_tools.resolve(groups[group], self.device)
                 g_scale = control.g_scales[group]
-                self._prepared.append((part, row_tools.row(self.rule, hyper, steps[part].double(), g_scale)))
+                values = row_tools.row(self.rule, hyper, steps[part].double(), g_scale)
+                self._prepared.append((part, values, hyper["seed"] if self.random else 0))
             return
         for row, (group, step) in enumerate(self.cohorts):
             hyper = row_tools.resolve(groups[group])
             self._host_rows[row] = row_tools.host_row(self.rule, hyper, step + 1.0, control.g_scales[group])
+            if self.random:
+                self._host_rows.view(np.uint32)[row, [SEED, STEP]] = hyper["seed"], int(step) + 1
 
     def commit(self) -> None:
         """Advances the step counts and sends scalars and gradients' addresses to the device."""
@@ -254,8 +291,11 @@ class Bucket:
             return
         self._staging.send(with_rows=not self.steps_on_device)
         if self.steps_on_device:
-            for part, values in self._prepared:
+            for part, values, seed in self._prepared:
                 row_tools.write(self.rows[part], values, active)
+                if self.random:
+                    words = self.rows[part].view(torch.int32)
+                    words[:, SEED], words[:, STEP] = seed - (seed >> 31 << 32), self.steps[part].int()
             return
         self._expected_steps = self.steps.tolist()
         self.cohorts = [(group, step + 1.0) for group, step in self.cohorts]

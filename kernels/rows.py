@@ -45,12 +45,15 @@ def row(rule: Rule, hyper: Hyper, step: Any, g_scale: Any) -> tuple[Any, ...]:
 
 def host_row(rule: Rule, hyper: Hyper, step: float, g_scale: Any) -> tuple[float, ...]:
     """A whole row in floats; a factor that only the device knows is multiplied in there later."""
-    return 1.0, *row(rule, hyper, step, 1.0 if isinstance(g_scale, Tensor) else g_scale)
+    g_scale, *scalars = row(rule, hyper, step, 1.0 if isinstance(g_scale, Tensor) else g_scale)
+    return 1.0, g_scale, 0.0, 0.0, *scalars
 
 
 def write(rows: Tensor, values: tuple[Any, ...], active: Any) -> None:
     """Fills rows on the device, one per parameter, rounding once."""
-    for column, value in zip(rows.unbind(1), (1.0 if active is None else active, *values), strict=True):
+    g_scale, *scalars = values
+    header = 1.0 if active is None else active, g_scale, 0.0, 0.0
+    for column, value in zip(rows.unbind(1), (*header, *scalars), strict=True):
         if isinstance(value, Tensor):
             column.copy_(value)
         else:

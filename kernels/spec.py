@@ -14,6 +14,10 @@ Hyper = Mapping[str, Any]
 """Hyperparameters of one parameter group: Python floats, or float64 tensors on a device."""
 
 
+ROW_HEADER = 4
+"""Words of a row before the rule's scalars: ``active``, ``g_scale``, and two integers, seed and step."""
+
+
 class Cut(Enum):
     """Why a rule cannot be one pass over memory: what it must know before it may finish."""
 
@@ -25,7 +29,7 @@ class Cut(Enum):
 
 @dataclass(frozen=True)
 class Plane:
-    """One tensor in memory that a codec keeps; ``per`` fp32 values share one of its entries."""
+    """One tensor in memory that a codec keeps: ``bits`` wide entries, each for ``per`` fp32 values."""
 
     suffix: str
     dtype: str
@@ -35,17 +39,39 @@ class Plane:
 
 @dataclass(frozen=True)
 class Codec:
-    """How fp32 values live in memory."""
+    """How fp32 values live in memory.
+
+    The first plane of a parameter's codec is the parameter itself; every further plane, and every
+    plane of a state, is dense and in the parameter's memory order.
+
+    Attributes:
+        planes: the tensors in memory.
+        compute: dtype of the values in registers.
+        relative_error: largest error of a value relative to itself, or to the largest of its block.
+        block: neighbouring values that share a scale; 1 if every value stands for itself.
+        lookup: name of the constant table (kernels/lookup.py) that kernels need beside the planes.
+        unsigned: the codec that takes its place for states that are never negative.
+        random: whether encoding rounds stochastically.
+    """
 
     name: str
     planes: tuple[Plane, ...]
     compute: str = "float32"
     relative_error: float = 0.0
+    block: int = 1
+    lookup: str | None = None
+    unsigned: str | None = None
+    random: bool = False
 
     @property
     def bytes_per_value(self) -> float:
         """Bytes in memory for one value, all planes together."""
         return sum(plane.bits / 8 / plane.per for plane in self.planes)
+
+    @property
+    def columns(self) -> int:
+        """Addresses that a kernel is given: the planes', then the lookup table's."""
+        return len(self.planes) + (self.lookup is not None)
 
 
 @dataclass(frozen=True)
@@ -73,8 +99,8 @@ class Rule:
 
     @property
     def row_length(self) -> int:
-        """Floats in a row: ``active``, ``g_scale``, then the rule's own scalars."""
-        return 2 + len(self.scalars)
+        """Words in a row: the header, then the rule's own scalars."""
+        return ROW_HEADER + len(self.scalars)
 
 
 def bytes_moved(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> tuple[float, float]:

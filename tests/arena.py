@@ -11,7 +11,10 @@ from torch import Tensor
 from fused_optim.kernels import dispatch
 from fused_optim.kernels.control import Control
 from fused_optim.kernels.plan import Bucket, Key, Member, build
-from tests.cases import DTYPES, Case, Target, assert_same_bits, hypers, normal, wild
+from fused_optim.kernels.reference.codecs import CODECS as REFERENCE
+from fused_optim.kernels.reference.philox import Stream
+from fused_optim.kernels.spec import Codec
+from tests.cases import DTYPES, Case, Target, assert_same_bits, hypers, normal, tame, wild
 
 _GUARD, _PATTERN = 64, 0xA5
 
@@ -52,6 +55,10 @@ def _local(held: Any) -> Tensor:
     return held.tensor if isinstance(held, Owner) else held
 
 
+def _planes(codec: Codec, values: Tensor) -> Sequence[Tensor]:
+    return REFERENCE[codec.name].encode(values, Stream(1, 2, 3, 4))
+
+
 class Bed:
     """Guarded tensors of a case, in two groups, half of them already some steps old."""
 
@@ -66,7 +73,7 @@ class Bed:
         steps_on_device: bool = False,
     ) -> None:
         self.case, self.arena, self.hypers = case, Arena(target.device), hypers(case.rule)
-        driver = dispatch.choose(target.device, "float32", target.backend)
+        driver = dispatch.choose(target.device, (case.param, *case.states), target.backend)
         device = torch.device(target.device, 0) if target.device == "cuda" else torch.device(target.device)
         key = Key(device, case.rule, case.param, case.grad, case.states, driver, True)
         planes = 2 + len(case.states)
@@ -89,12 +96,16 @@ class Bed:
         seed = self._seed + 10 * index
         started = index % 4 == 3
         state: dict[str, Any] = {"step": torch.tensor(3.0 if started else 0.0)}
+        param, *rest = _planes(case.param, normal(numel, torch.float32, seed))
+        names = [plane.suffix for plane in case.param.planes[1:]]
+        state |= {"param" + name: tensor(plane, odd == 0) for name, plane in zip(names, rest, strict=True)}
         for i, (slot, codec) in enumerate(zip(case.rule.slots, case.states, strict=True)):
-            value = normal(numel, DTYPES[codec.name], seed + i + 1) * started
-            state[slot.name] = tensor(value if slot.signed else value.abs(), odd == 2 + i)
-        param = tensor(normal(numel, DTYPES[case.param.name], seed), odd == 0)
-        owner: Any = Owner(param, self._grads[0][index])
-        return Member(key, index % 2, owner, state, _local)
+            value = normal(numel, torch.float32, seed + i + 1) * started
+            planes = _planes(codec, value if slot.signed else value.abs())
+            for plane, values in zip(codec.planes, planes, strict=True):
+                state[slot.name + plane.suffix] = tensor(values, odd == 2 + i)
+        owner: Any = Owner(tensor(param, odd == 0), self._grads[0][index])
+        return Member(key, index % 2, owner, state, _local, ordinal=3 * index)
 
     def step(self, control: Control | None = None) -> None:
         """One step with new gradients at the other of two addresses."""
@@ -118,7 +129,9 @@ class Bed:
 
     def gradient(self, index: int, step: int) -> Tensor:
         """What a tensor's gradient holds in a step."""
-        return wild(self._sizes[index][0], DTYPES[self.case.grad.name], self._seed + index, step)
+        blocks = any(codec.block > 1 for codec in self.case.states)
+        values = tame if blocks and index % 5 != 2 else wild
+        return values(self._sizes[index][0], DTYPES[self.case.grad.name], self._seed + index, step)
 
     def bucket(self) -> Bucket:
         """The bucket of all tensors that are not empty."""

@@ -16,13 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Codec, Rule
 
 SIZES = (0, 1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097)
 SMALL_SIZES = (0, 1, 15, 16, 17, 255, 256, 257)
-FLOATS = [codec for codec in CODECS.values() if codec.compute == "float32"]
+FLOATS = [CODECS[name] for name in OF_DTYPE.values() if CODECS[name].compute == "float32"]
+"""The codecs that a tensor's dtype stands for: what gradients may have."""
+PARAMS = [CODECS[name] for name in PARAM_CODECS if CODECS[name].compute == "float32"]
+STATES = [name for name in STATE_CODECS if CODECS[name].compute == "float32"]
 DTYPES = {codec.name: getattr(torch, codec.planes[0].dtype) for codec in CODECS.values()}
 
 
@@ -63,8 +66,13 @@ class Case(NamedTuple):
         return f"{self.rule.name}-p_{self.param.name}-g_{self.grad.name}-s_{states}"
 
 
+def states_of(rule: Rule, names: Sequence[str]) -> tuple[Codec, ...]:
+    """The codecs of a rule's slots, by the names that a user would give."""
+    return tuple(for_slot(name, slot.signed) for name, slot in zip(names, rule.slots, strict=True))
+
+
 def all_cases(rules: Iterable[Rule] = RULES.values()) -> list[Case]:
-    """Every rule with every storage of parameter, gradient and each state."""
+    """Every rule with every plain storage of parameter, gradient and each state."""
     return [
         Case(rule, param, grad, states)
         for rule in rules
@@ -73,37 +81,55 @@ def all_cases(rules: Iterable[Rule] = RULES.values()) -> list[Case]:
     ]
 
 
-def _pairs(case: Case) -> set[tuple[int, str, int, str]]:
-    codecs = [(i, codec.name) for i, codec in enumerate((case.param, case.grad, *case.states))]
-    return {(*a, *b) for a, b in itertools.combinations(codecs, 2)}
+def pairwise_cases(rules: Iterable[Rule] = RULES.values()) -> list[Case]:
+    """Few cases in which any two storages of a rule meet: an orthogonal array over a prime field."""
+    chosen: dict[Case, None] = {}
+    for rule in rules:
+        levels = [len(PARAMS), len(FLOATS), *[len(STATES)] * len(rule.slots)]
+        prime = next(p for p in itertools.count(max(levels)) if all(p % q for q in range(2, p)))
+        for a, b in itertools.product(range(prime), repeat=2):
+            index = [(a + factor * b) % prime % level for factor, level in enumerate(levels)]
+            states = states_of(rule, [STATES[i] for i in index[2:]])
+            chosen[Case(rule, PARAMS[index[0]], FLOATS[index[1]], states)] = None
+    return list(chosen)
 
 
-def pairwise_cases() -> list[Case]:
-    """The fewest cases, found greedily, in which any two storages of a rule meet."""
-    chosen = []
-    for rule in RULES.values():
-        cases = all_cases([rule])
-        missing = set().union(*map(_pairs, cases))
-        while missing:
-            best = max(cases, key=lambda case: len(_pairs(case) & missing))
-            missing -= _pairs(best)
-            chosen.append(best)
-    return chosen
+def representative_cases() -> list[Case]:
+    """For what is slow: every storage of everything at least once, with neighbours that change."""
+    count = max(len(PARAMS), len(STATES))
+    return [
+        Case(
+            rule,
+            PARAMS[i % len(PARAMS)],
+            FLOATS[i % len(FLOATS)],
+            states_of(rule, [STATES[(i + 5 * slot) % len(STATES)] for slot in range(len(rule.slots))]),
+        )
+        for rule in RULES.values()
+        for i in range(count if rule.slots else len(PARAMS))
+    ]
 
 
 def main_cases() -> list[Case]:
     """What people train with: everything in one format, or narrow parameters with fp32 states."""
     storages = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
+    storages += [("fp32", "int8"), ("bf16_split8", "int8_companded"), ("bf16_sr", "int4")]
+    without_states = {param: (param, state) for param, state in reversed(storages)}.values()
     return [
-        Case(rule, CODECS[param], CODECS[param], (CODECS[state],) * len(rule.slots))
+        Case(rule, CODECS[param], plain(CODECS[param]), states_of(rule, [state] * len(rule.slots)))
         for rule in RULES.values()
-        for param, state in (storages if rule.slots else storages[::2] + storages[3:])
+        for param, state in (storages if rule.slots else without_states)
     ]
+
+
+def plain(codec: Codec) -> Codec:
+    """The codec that stores a parameter's dtype as it is, as its gradient has it."""
+    return CODECS[OF_DTYPE[codec.planes[0].dtype]]
 
 
 def hypers(rule: Rule) -> list[dict[str, Any]]:
     """Two parameter groups whose options reach every scalar of a rule's row."""
     betas = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "dampening": 0.25, "nesterov": False}
+    betas |= {"seed": 0x9ABCDEF0}
     first = {"lr": 0.01, "weight_decay": 0.1, "maximize": False, "decoupled_weight_decay": True, **betas}
     coupled = {"lr": 0.003, "weight_decay": 0.02, "maximize": True, "decoupled_weight_decay": False}
     second = {**first, **coupled, "betas": (0.4, 0.999), "dampening": 0.0, "nesterov": True}
@@ -155,6 +181,17 @@ def wild(numel: int, dtype: torch.dtype, seed: int, step: int = 1) -> Tensor:
     Non-finite values keep to their own elements, so that the others stay comparable for many steps.
     """
     return _wild(numel, dtype, seed, step).clone()
+
+
+def tame(numel: int, dtype: torch.dtype, seed: int, step: int = 1) -> Tensor:
+    """Gradients whose squares are finite, for states whose blocks share their NaN: among them zeros,
+    denormals and blocks of very different size."""
+    values = normal(numel, dtype, 1000 * seed + step).float()
+    values *= 10.0 ** -((torch.arange(numel) // 300 + seed) % 9).float()
+    values[torch.arange(numel) % 11 == 3] = 0.0
+    values[(torch.arange(numel) + step) % 17 == 5] *= 1e-30
+    values[(torch.arange(numel) // 512 + seed) % 7 == 6] = 0.0
+    return values.to(dtype)
 
 
 @cache

@@ -47,6 +47,12 @@ def test_every_storage(case: Case, target: Target) -> None:
     _compare(case, target, cases.SIZES, steps=20, seed=1)
 
 
+@pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
+@pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)
+def test_every_pair_of_storages(case: Case, target: Target) -> None:
+    _compare(case, target, cases.SIZES, steps=6, seed=8)
+
+
 @pytest.mark.parametrize("target", [cases.INTERPRETER])
 @pytest.mark.parametrize("case", cases.main_cases(), ids=lambda case: case.id)
 def test_main_storages_through_the_interpreter(case: Case, target: Target) -> None:
@@ -61,8 +67,8 @@ def test_every_size_through_the_interpreter(rule: Rule, target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [cases.INTERPRETER])
-@pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)
-def test_every_pair_of_storages_through_the_interpreter(case: Case, target: Target) -> None:
+@pytest.mark.parametrize("case", cases.representative_cases(), ids=lambda case: case.id)
+def test_every_storage_through_the_interpreter(case: Case, target: Target) -> None:
     _compare(case, target, (1, 16, 2049), steps=2, seed=3)
 
 
@@ -99,7 +105,7 @@ def test_inactive_rows_leave_their_tensors_alone(rule: Rule, target: Target) -> 
     # The second group sleeps; its other scalars are such that one multiplication with them would show.
     asleep = torch.tensor([group == 1 for group, _ in bucket.cohorts])
     assert asleep.any() and not asleep.all()
-    rows = torch.tensor([1.0, 0.5, *[0.25] * len(rule.scalars)]).repeat(len(asleep), 1)
+    rows = torch.tensor([1.0, 0.5, 0.0, 0.0, *[0.25] * len(rule.scalars)]).repeat(len(asleep), 1)
     rows[asleep] = float("nan")
     rows[asleep, 0] = 0.0
     bucket.rows.copy_(rows)

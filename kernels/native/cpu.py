@@ -68,6 +68,11 @@ def _forced_isa(name: str) -> Generator[None]:
         cpu.isa = before
 
 
+def lacks(codec: str) -> bool:
+    """Whether the library has no such codec."""
+    return codec not in _cpu().library.codecs
+
+
 def _check(error: int, bucket: Bucket) -> None:
     if error:
         raise RuntimeError(f"native step failed with error {error} for rule {bucket.rule.name!r}")

@@ -50,6 +50,11 @@ def unavailable() -> str | None:
     return opened if isinstance(opened, str) else None
 
 
+def lacks(codec: str) -> bool:
+    """Whether the library has no such codec."""
+    return codec not in _cuda().library.codecs
+
+
 def _run(function: Callable[..., int], bucket: Bucket, *arguments: Any) -> None:
     """Calls a C function with the bucket's device and torch's current stream on it."""
     device = bucket.device.index

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-ABI = 1
+ABI = 2
 """Equals ``ABI`` in csrc/table.h."""
 
 _REBUILD = "run `pip install -e .` in a checkout, or `pip install --force-reinstall fused_optim`"

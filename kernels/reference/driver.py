@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..layout import flat
 from .codecs import CODECS
+from .philox import Stream
 from .rules import RULES
 
 if TYPE_CHECKING:
@@ -19,22 +22,35 @@ def unavailable() -> None:
     return None
 
 
+def lacks(_: object) -> bool:
+    """It has every codec and rule: it is their definition."""
+    return False
+
+
+def _write(planes: Sequence[Tensor], values: Sequence[Tensor], order_of: Tensor, active: Tensor) -> None:
+    for plane, value in zip(planes, values, strict=True):
+        memory = flat(plane, order_of)
+        memory.copy_(torch.where(active, value.view(memory.shape), memory))
+
+
 def step(bucket: Bucket) -> None:
     """Updates every tensor of the bucket whose row is active."""
-    rule, param_codec = RULES[bucket.rule.name], CODECS[bucket.param.name]
-    state_codecs = [CODECS[codec.name] for codec in bucket.states]
+    rule, codecs = RULES[bucket.rule.name], [CODECS[c.name] for c in (bucket.param, *bucket.states)]
     for index, row_index in enumerate(bucket.row_indices):
-        active, g_scale, *k = bucket.rows[row_index].unbind()
+        seed, step_number = bucket.random_key(row_index)
+        active, g_scale, _, _, *k = bucket.rows[row_index].unbind()
         active = active != 0
-        p = param_codec.decode(bucket.param_planes[index])
-        g = bucket.grads[index].to(p.dtype)
-        s = tuple(
-            c.decode(planes) for c, planes in zip(state_codecs, bucket.state_planes[index], strict=True)
+        param = bucket.params[index]
+        homes = [bucket.param_planes[index], *bucket.state_planes[index]]
+        p, *s = (
+            codec.decode([flat(plane, param).flatten() for plane in planes])[: param.numel()]
+            for codec, planes in zip(codecs, homes, strict=True)
         )
-        new_p, new_s = rule(p, g * g_scale, s, k)
-        param_codec.encode(torch.where(active, new_p, p), bucket.param_planes[index])
-        for codec, planes, old, new in zip(state_codecs, bucket.state_planes[index], s, new_s, strict=True):
-            codec.encode(torch.where(active, new, old), planes)
+        g = flat(bucket.grads[index], param).flatten().to(p.dtype)
+        p, s = rule(p, g * g_scale, tuple(s), k)
+        for slot, (codec, planes, x) in enumerate(zip(codecs, homes, (p, *s), strict=True)):
+            stream = Stream(seed, step_number, bucket.ordinals[index], slot)
+            _write(planes, codec.encode(x, stream), param, active)
 
 
 def square_sum(bucket: Bucket) -> Tensor:

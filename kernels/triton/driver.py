@@ -50,6 +50,13 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def lacks(codec: str) -> bool:
+    """Whether no kernel functions store values like this."""
+    from . import codecs
+
+    return not hasattr(codecs, f"{codec}_encode")
+
+
 def _codec(codec: Codec) -> tuple[Any, Any, int]:
     from . import codecs
 

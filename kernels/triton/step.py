@@ -8,7 +8,8 @@ of the table: parameter, states, gradient.
 import triton
 import triton.language as tl
 
-HEADER = tl.constexpr(4)
+HEADER = tl.constexpr(5)
+ROW_HEADER = tl.constexpr(4)
 MAX_DIMS = tl.constexpr(8)
 # These vary from bucket to bucket, and nothing is gained from compiling for one of them.
 _COUNTS = ["n", "column"]
@@ -93,10 +94,10 @@ def step(
     TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     table, start, count, full = _tile(table, tiles, n, TILE)
-    row = rows + tl.load(table + n) * (2 + SCALARS)
+    row = rows + tl.load(table + n) * (ROW_HEADER + SCALARS)
     active = tl.load(row)
     g_scale = tl.load(row + 1)
-    k = _load_each(row + 2, 1, SCALARS)
+    k = _load_each(row + ROW_HEADER, 1, SCALARS)
     planes = ()
     column = table + HEADER * n
     for i in tl.static_range(len(CODECS)):

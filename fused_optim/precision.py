@@ -1,0 +1,65 @@
+"""Which parameters keep their states in fp32 although a codec of 8 or 4 bits was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+KeepFp32: TypeAlias = "int | str | Sequence[int | str] | Callable[[str, Tensor], bool]"
+"""A size, a name pattern, several of these, or a predicate of name and parameter."""
+
+SMALL = 4096
+"""Parameters with fewer elements save next to nothing; bitsandbytes and torchao draw the same line."""
+
+_MARK = "_fused_optim_keep_fp32"
+
+
+def keep_fp32(module: nn.Module) -> nn.Module:
+    """Marks all parameters of a module: their states stay in fp32 whatever codec of 8 or 4 bits is chosen.
+
+    Args:
+        module: for instance an embedding, whose rarely used rows share blocks with frequent ones.
+
+    Returns:
+        The module itself.
+
+    Example:
+        >>> from torch import nn
+        >>> embedding = keep_fp32(nn.Embedding(1000, 64))
+    """
+    for param in module.parameters():
+        setattr(param, _MARK, True)
+    return module
+
+
+def check_keep_fp32(value: Any) -> None:
+    """Checks the option ``keep_fp32``.
+
+    Raises:
+        TypeError: it is not a size, a pattern, a sequence of these or a function.
+        ValueError: a negative size.
+    """
+    if callable(value):
+        return
+    items = value if isinstance(value, list | tuple) else (value,)
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise TypeError(
+                "keep_fp32 must be a number of elements, a name pattern such as '*embed*', a sequence of "
+                f"these, or a function of name and parameter; got {value!r}"
+            )
+        if isinstance(item, int) and item < 0:
+            raise ValueError(f"keep_fp32={value!r}: a number of elements cannot be negative")
+
+
+def keeps_full_precision(name: str, param: Tensor, rule: Any) -> bool:
+    """Whether a parameter's states stay in fp32: marked, smaller than a size, or named by the rule."""
+    if getattr(param, _MARK, False):
+        return True
+    if callable(rule):
+        return bool(rule(name, param))
+    items = rule if isinstance(rule, list | tuple) else (rule,)
+    return any(param.numel() < item if isinstance(item, int) else fnmatchcase(name, item) for item in items)

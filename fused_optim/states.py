@@ -1,0 +1,188 @@
+"""A parameter's state between its planes in memory and plain values: for checkpoints and for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.codecs import CODECS, OF_DTYPE
+from .kernels.layout import flat
+from .kernels.reference.codecs import CODECS as REFERENCE
+from .kernels.reference.philox import Stream
+from .kernels.spec import Codec, Plane, Rule
+from .storage import complete_state, empty_plane, local_view, plain_codec, plane_shape
+
+_NO_STREAM = Stream(0, 0, 0, 0)
+
+
+def decode(
+    param: Tensor, state: Mapping[str, Any], key: str, codec: Codec, order: Tensor | None = None
+) -> Tensor:
+    """The values of a state as a tensor like the parameter, in fp32 (fp64, complex: in its own precision).
+
+    Args:
+        param: whose state it is.
+        state: its planes.
+        key: the state's name, such as ``"exp_avg"``.
+        codec: how it is stored.
+        order: a tensor whose strides say in which order the planes run; the parameter by default.
+    """
+    home = local_view(param)
+    order = home if order is None else order
+    planes = [flat(local_view(state[key + plane.suffix]), order).flatten() for plane in codec.planes]
+    values = REFERENCE[codec.name].decode(planes)[: home.numel()]
+    out = empty_plane(param, CODECS[OF_DTYPE[codec.compute]].planes[0])
+    target = flat(local_view(out), order)
+    target.copy_(values.view(target.shape))
+    return out
+
+
+def encode(param: Tensor, value: Tensor, key: str, codec: Codec) -> dict[str, Tensor]:
+    """A state's planes for values of any float dtype and strides; nothing is aliased."""
+    home = local_view(param)
+    dense = empty_plane(param, CODECS[OF_DTYPE[codec.compute]].planes[0]).copy_(value)
+    encoded = REFERENCE[codec.name].encode(flat(local_view(dense), home).flatten(), _NO_STREAM)
+    state: dict[str, Tensor] = {}
+    for plane, values in zip(codec.planes, encoded, strict=True):
+        state[key + plane.suffix] = empty_plane(param, plane)
+        target = flat(local_view(state[key + plane.suffix]), home)
+        target.copy_(values.view(target.shape))
+    return state
+
+
+def _is_stored_as(entry: Mapping[str, Any], key: str, codec: Codec) -> bool:
+    planes = [entry.get(key + plane.suffix) for plane in codec.planes]
+    return all(
+        isinstance(value, Tensor) and (value.is_complex() or value.dtype == getattr(torch, plane.dtype))
+        for value, plane in zip(planes, codec.planes, strict=True)
+    )
+
+
+def _copy(
+    name: str, entry: Mapping[str, Any], param: Tensor, key: str, planes: Sequence[Plane]
+) -> dict[str, Tensor]:
+    """Planes as they were saved.
+
+    Raises:
+        ValueError: a plane that is missing, damaged or of another size.
+    """
+    state: dict[str, Tensor] = {}
+    for plane in planes:
+        value, shape = entry[key + plane.suffix], plane_shape(plane, param.shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"state {key + plane.suffix!r} of {name} has shape {tuple(value.shape)} in the state dict, "
+                f"expected {shape}: it belongs to another model or is damaged"
+            )
+        if plane.suffix == ".scale" and not value.isfinite().all():
+            raise ValueError(
+                f"state {key + plane.suffix!r} of {name} is NaN or infinite in the state dict: training had "
+                "diverged when it was saved, or it is damaged; load an earlier one"
+            )
+        state[key + plane.suffix] = empty_plane(param, plane).copy_(value)
+    return state
+
+
+def _checked_value(name: str, entry: Mapping[str, Any], param: Tensor, key: str) -> Tensor:
+    value = entry[key]
+    if not isinstance(value, Tensor) or value.shape != param.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"state {key!r} of {name} has shape {shape} in the state dict, the parameter has "
+            f"{tuple(param.shape)}: it belongs to another model"
+        )
+    if not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"state {key!r} of {name} is {value.dtype} in the state dict: codes of another library, or of "
+            "this one without its own entry 'fused_optim'; save with state_dict(portable=True)"
+        )
+    return value
+
+
+def _memory(param: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """A tensor without memory whose dimensions lie in the given order, outermost first."""
+    if dims is None:
+        return local_view(param)
+    like = torch.empty([param.shape[dim] for dim in dims], device="meta")
+    return like.permute([dims.index(dim) for dim in range(param.ndim)])
+
+
+class Stored(NamedTuple):
+    """How a parameter and each of its states are kept."""
+
+    param: Codec
+    states: tuple[Codec, ...]
+
+
+def _sources(entry: Mapping[str, Any], param: Tensor, rule: Rule, saved: Stored | None) -> list[Codec | None]:
+    """How each slot was saved: as planes of a codec (``keep_fp32`` may have overruled it), or as values."""
+    if saved is None:
+        return [None] * len(rule.slots)
+    plain = CODECS["fp64" if plain_codec(param).name == "fp64" else "fp32"]
+    pairs = zip(rule.slots, saved.states, strict=True)
+    return [
+        next((c for c in (codec, plain) if _is_stored_as(entry, slot.name, c)), None) for slot, codec in pairs
+    ]
+
+
+def load(
+    name: str,
+    entry: Mapping[str, Any],
+    param: Tensor,
+    rule: Rule,
+    now: Stored,
+    saved: Stored | None,
+    dims: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """A parameter's state from a checkpoint; nothing is aliased.
+
+    Args:
+        name: of the parameter in messages.
+        entry: what was saved for it.
+        param: the parameter.
+        rule: what it follows.
+        now: its codecs in this optimizer.
+        saved: its codecs if this library saved planes; None for plain values.
+        dims: the order of its dimensions in memory when it was saved, if it was another.
+
+    Raises:
+        ValueError: another optimizer's keys, another model's shapes, damaged planes.
+    """
+    sources = _sources(entry, param, rule, saved)
+    param_planes = () if saved is None else saved.param.planes[1:]
+    param_keys = {"param" + plane.suffix for plane in param_planes}
+    expected = {slot.name for slot in rule.slots}
+    for slot, source in zip(rule.slots, sources, strict=True):
+        expected |= {slot.name + plane.suffix for plane in source.planes} if source else set()
+    found = {key for key, value in entry.items() if value is not None and key != "step"}
+    if found - param_keys != expected:
+        raise ValueError(
+            f"the state dict holds {sorted(found)} for {name}, but {rule.name} keeps {sorted(expected)}: "
+            "it belongs to another optimizer or to other options, or it is damaged"
+        )
+    if param_keys and saved is not None and saved.param != now.param:
+        raise ValueError(
+            f"the state dict keeps the weights of {name} as {saved.param.name!r}, the optimizer as "
+            f"{now.param.name!r}; construct it with the same param_codec, or save with "
+            "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
+        )
+    state: dict[str, Any] = {}
+    if entry.get("step") is not None:
+        state["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().reshape(()).clone()
+    if param_keys and found >= param_keys:
+        state |= _copy(name, entry, param, "param", now.param.planes[1:])
+    for slot, source, codec in zip(rule.slots, sources, now.states, strict=True):
+        if source is codec and (dims is None or codec.block == 1):
+            state |= _copy(name, entry, param, slot.name, codec.planes)
+            continue
+        if source is None or source.block == 1:
+            value = _checked_value(name, entry, param, slot.name)
+        else:
+            planes = _copy(name, entry, param, slot.name, source.planes)
+            value = decode(param, planes, slot.name, source, _memory(param, dims))
+        state |= encode(param, value, slot.name, codec)
+    complete_state(state, param, rule, now.param, now.states)
+    return state

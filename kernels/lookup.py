@@ -1,0 +1,84 @@
+"""Constant tables that kernels look values up in, built once in NumPy and kept per device.
+
+A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value), ``middle`` (256
+floats: a magnitude above ``middle[i]`` belongs to index ``i + 1``), ``guess`` (bytes: from a magnitude's
+exponent and upper 7 mantissa bits to an index that is right or one too low).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+
+GUESS_BASE = (127 - 24) << 7
+"""``bits >> 16`` of 2**-24, the least magnitude with a guess of its own."""
+
+GUESSES = 24 * 128 + 1
+
+
+def _decades(signed: bool) -> list[Array]:
+    """Positive entries of each decade, 1e-6 first: the middles of equal steps from 0.1 to 1, in fp32."""
+    one, tenth = np.float32(1), np.float32(0.1)
+    decades = []
+    for i in range(7):
+        steps = 2**i if signed else 2 ** (i + 1)
+        k = np.arange(steps + 1, dtype=np.float32)
+        step = (one - tenth) / np.float32(steps)
+        # From both ends, as torch.linspace does: the entries are those of every checkpoint there is.
+        ladder = np.where(k < (steps + 1) // 2, tenth + step * k, one - step * (steps - k))
+        middles = (ladder[:-1] + ladder[1:]) / np.float32(2)
+        decades.append(np.float32(10.0 ** (i - 6)) * middles)
+    return decades
+
+
+def dynamic_map(signed: bool) -> Array:
+    """The 256 values of the dynamic map of Dettmers et al., ascending, fp32 (arXiv 2110.02861)."""
+    positive = np.concatenate(_decades(signed))
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    negative = -positive[::-1] if signed else positive[:0]
+    return np.concatenate([negative, zero, positive, one])
+
+
+def middles(ascending: Array) -> Array:
+    """Where the nearest entry changes: the largest fp32 number that is no nearer to the upper neighbour."""
+    exact = (ascending[:-1].astype(np.float64) + ascending[1:]) / 2
+    rounded = exact.astype(np.float32)
+    return np.where(rounded > exact, np.nextafter(rounded, np.float32(0)), rounded)
+
+
+def magnitudes(signed: bool) -> Array:
+    """What the magnitude of a normalised value is compared with: the map's entries from zero on."""
+    values = dynamic_map(signed)
+    return values[values >= 0]
+
+
+def _dynamic(signed: bool) -> Array:
+    bounds = np.full(256, np.inf, np.float32)
+    inner = middles(magnitudes(signed))
+    bounds[: len(inner)] = inner
+    bits = np.maximum(np.arange(GUESSES, dtype=np.uint32) + GUESS_BASE, 1) << np.uint32(16)
+    guess = np.searchsorted(inner, bits.view(np.float32), side="left").astype(np.uint8)
+    guess[0] = 0
+    parts = [dynamic_map(signed).view(np.uint8), bounds.view(np.uint8), guess]
+    blob = np.concatenate(parts)
+    return np.concatenate([blob, np.zeros(-len(blob) % 16, np.uint8)])
+
+
+SIGNED_FOUR_BITS: tuple[float, ...] = (
+    *(-0.8875, -0.6625, -0.4375, -0.2125, -0.0775, -0.0325, -0.0055, 0.0),
+    *(0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0),
+)
+"""The dynamic map with 4 bits; its scale carries a sign, so that the largest magnitude is always exact."""
+
+
+@cache
+def table(name: str, device: torch.device) -> Tensor:
+    """A table's bytes on a device, kept for the life of the process."""
+    tables = {"dynamic_signed": True, "dynamic_unsigned": False}
+    # A copy, because torch aligns its memory and NumPy need not.
+    return torch.from_numpy(_dynamic(tables[name])).clone().to(device)

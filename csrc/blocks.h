@@ -4,8 +4,9 @@
 //   top = the largest magnitude(x) as an integer; positive = the same of the values that are not negative;
 //   Scaling<Codec> scaling(top, positive); scaling.scale goes to plane 1, rounded already;
 //   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
-// It decodes Codec::value(code, lookup) * scale. `lookup` is the table whose address follows those of the planes
-// if the codec has one (lookup.h). Half bytes: the code of the value with the even index is the lower one.
+// It decodes Codec::value(code, lookup) * scale. `lookup` is the table whose address follows those of the
+// planes if the codec has one (lookup.h). Half bytes: the code of the value with the even index is the lower
+// one.
 #pragma once
 
 #include "lookup.h"
@@ -27,7 +28,8 @@ struct BlocksOf : InBlocks {
   static constexpr FO_ANYWHERE int bits(int plane) { return plane == 0 ? CODE_BITS : SCALE_BITS; }
 };
 
-// A block's scale and what its values are multiplied with; scales that are 0, infinite or NaN leave codes of 0.
+// A block's scale and what its values are multiplied with; scales that are 0, infinite or NaN leave codes of
+// 0.
 template <class Codec>
 struct Scaling {
   F scale, inverse;

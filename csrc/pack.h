@@ -37,6 +37,8 @@ FO_INLINE U sign_extend(U x, int bits) {
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
 FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
+// Of the lower half of `a`.
+FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
 FO_INLINE F look_up(const float* table, U index) { return __ldg(table + index); }
 FO_INLINE U look_up(const uint8_t* table, U index) { return __ldg(table + index); }
 FO_INLINE F pick(const float (&table)[16], U index) { return table[index]; }

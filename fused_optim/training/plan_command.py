@@ -156,7 +156,7 @@ def from_config(path: str) -> nn.Module:
             if hasattr(known, names[0]):
                 return getattr(known, names[0])(config)
             return known.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # Whatever a configuration from anywhere provokes there.
         raise UsageError(
             f"--config {path}: transformers {known.__version__} cannot build this model ({error}); give the "
             "config.json of a model that it knows"

@@ -33,9 +33,9 @@ def draw(plan: Plan, path: Path) -> None:
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
     )
     FigureCanvasAgg(figure)
-    panels: Sequence[Axes] = figure.subplots(
-        len(rows), 1, sharex=True, height_ratios=[count + 0.6 for count in rows], squeeze=False
-    )[:, 0]
+    ratios = [count + 0.6 for count in rows]
+    grid = figure.subplots(len(rows), 1, sharex=True, height_ratios=ratios, squeeze=False)
+    panels: list[Axes] = list(grid[:, 0])
     largest = max(entry.on_each.total for entry in plan.entries) / 1e9
     for axes, (title, entries) in zip(panels, groups.items(), strict=True):
         _draw_bars(axes, title, entries, largest)

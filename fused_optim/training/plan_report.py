@@ -22,7 +22,9 @@ SHARED = {
 
 def heading(plan: Plan) -> list[str]:
     """The model, and how it is spread over several GPUs."""
-    lines = [f"{plan.model}: {plan.parameters:,} parameters in {plan.tensors} tensors"]
+    lines = [
+        f"{plan.model}: {plan.parameters:,} parameters in {plan.tensors} tensor{'s' * (plan.tensors > 1)}"
+    ]
     return [*lines, f"{plan.gpus} GPUs: {SHARED[plan.shard]}"] if plan.gpus > 1 else lines
 
 
@@ -44,7 +46,8 @@ def smallest_card(entry: Entry) -> str:
 
 
 def _cells(plan: Plan, entry: Entry) -> list[str]:
-    digits = 1 if max(one.on_each.total for one in plan.entries) >= 100e9 else 2
+    largest = max(one.on_each.total for one in plan.entries)
+    digits = 1 if largest >= 100e9 else 2 if largest >= 1e9 else 4
     ours, each = entry.memory, entry.on_each
     return [
         f"  {entry.storage}",
@@ -69,10 +72,12 @@ def table(plan: Plan) -> str:
 
     Example:
         >>> from fused_optim.training import plan
-        >>> print(plan({"weight": (4096, 4096)}, rules=["lion"], storages=["fp32"], peers=False))
-        shapes: 16,777,216 parameters in 1 tensors; one GPU
+        >>> found = plan({"weight": (1 << 30,)}, rules=["lion"], storages=["split8+int4"], peers=False)
+        >>> print(table(found))  # doctest: +NORMALIZE_WHITESPACE
+        shapes: 1,073,741,824 parameters in 1 tensor
         ...
-          fp32      4.000      -  4.000 8.000 4.000 12.000    0.07      -   0.07  0.07 0.20    24 GB
+        lion: exp_avg
+          split8+int4 2.000 1.000 0.531 3.531 2.000 5.531 2.15 1.07 0.57 2.15 5.94 24 GB
         ...
     """
     heads = ["", *(_HEADS.get(part, part) for part in (*_BYTES, *_GB)), "fits on"]
@@ -91,7 +96,8 @@ def table(plan: Plan) -> str:
     )
 
 
-def _bytes(memory: Memory) -> dict[str, int]:
+def bytes_of_parts(memory: Memory) -> dict[str, int]:
+    """Every part of a model's memory and its sums, by name."""
     return {part: getattr(memory, part) for part in (*PARTS, "kept", "total")}
 
 
@@ -111,11 +117,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
         {
             "rule": entry.rule,
             "storage": entry.storage,
-            "bytes": _bytes(entry.memory),
+            "bytes": bytes_of_parts(entry.memory),
             "bytes_per_parameter": {
-                part: count / plan.parameters for part, count in _bytes(entry.memory).items()
+                part: count / plan.parameters for part, count in bytes_of_parts(entry.memory).items()
             },
-            "bytes_on_each_gpu": _bytes(entry.on_each),
+            "bytes_on_each_gpu": bytes_of_parts(entry.on_each),
             "fits_gb": list(entry.fits),
             "source": PEERS[entry.storage].source if entry.rule is None else None,
         }

@@ -227,6 +227,8 @@ def plan(
     """
     _check(rules, grad_dtype, gpus, shard, keep_fp32)
     wanted = [Storage.parse(item) if isinstance(item, str) else item for item in storages]
+    if not rules or not wanted:
+        raise ValueError("there is nothing to plan; give at least one rule and one storage")
     params = _parameters(model)
     numels = [param.numel() for param in params.values()]
     if not sum(numels):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeVar, overload
@@ -11,12 +12,18 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from . import checkpoint, storage
 from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.control import Control, control
+from .kernels.guards import DictGuards
 from .kernels.plan import Bucket, Key, Member, build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
@@ -32,8 +39,25 @@ class _Plan(NamedTuple):
     idle: list[Tensor]
     signature: list[tuple[Any, ...]]
     steps_on_device: bool
-    states: list[dict[str, Any]]
+    state: dict[Tensor, Any]
+    unchanged: DictGuards
     occupied: Occupied
+
+
+def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` with torch's hooks and profiler range, which cost 50 us, only where somebody listens."""
+    heard = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        global_hooks = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        profiling = torch.autograd.profiler._is_profiler_enabled or torch.autograd._profiler_enabled()
+        return (heard if hooks or global_hooks or profiling else step)(self, *args, **kwargs)
+
+    # With this mark torch leaves the function alone instead of wrapping it in profile_hook_step.
+    wrapper.hooked = True  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapper
 
 
 class FusedOptimizer(Optimizer, ABC):
@@ -105,6 +129,7 @@ class FusedOptimizer(Optimizer, ABC):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch._disable_dynamo
+    @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient, or none.
 
@@ -249,8 +274,8 @@ class FusedOptimizer(Optimizer, ABC):
             len(params) == len(plan.params)
             and all(map(is_, params, plan.params))
             and all(p.grad is None for p in plan.idle)
-            and len(self.state) == len(plan.states)
-            and all(map(is_, self.state.values(), plan.states))
+            and self.state is plan.state
+            and plan.unchanged.check()
             and (plan.steps_on_device or not on_device)
             and self._signature() == plan.signature
             and all(bucket.collect() for bucket in plan.buckets)
@@ -287,8 +312,10 @@ class FusedOptimizer(Optimizer, ABC):
         idle = [p for p in everything if p.grad is None]
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
-        states = list(self.state.values())
-        return _Plan(buckets, everything, idle, self._signature(), on_device, states, occupied)
+        unchanged = DictGuards([self.state, *(member.state for member in members)])
+        return _Plan(
+            buckets, everything, idle, self._signature(), on_device, self.state, unchanged, occupied
+        )
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:
         """The bucket of a parameter with its gradient, after every check that could refuse it."""

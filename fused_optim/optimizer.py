@@ -35,7 +35,7 @@ class _Plan(NamedTuple):
     """The buckets of a step and what must stay as it was for them to be used again."""
 
     buckets: list[Bucket]
-    params: list[Tensor]
+    groups: list[list[Tensor]]
     idle: list[Tensor]
     signature: list[tuple[Any, ...]]
     steps_on_device: bool
@@ -269,16 +269,20 @@ class FusedOptimizer(Optimizer, ABC):
         return plan.buckets
 
     def _still_valid(self, plan: _Plan, on_device: bool) -> bool:
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         return (
-            len(params) == len(plan.params)
-            and all(map(is_, params, plan.params))
+            self._same_parameters(plan.groups)
             and all(p.grad is None for p in plan.idle)
             and self.state is plan.state
             and plan.unchanged.check()
             and (plan.steps_on_device or not on_device)
             and self._signature() == plan.signature
             and all(bucket.collect() for bucket in plan.buckets)
+        )
+
+    def _same_parameters(self, planned: list[list[Tensor]]) -> bool:
+        groups = [group["params"] for group in self.param_groups]
+        return list(map(len, groups)) == list(map(len, planned)) and all(
+            all(map(is_, params, before)) for params, before in zip(groups, planned, strict=True)
         )
 
     def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -308,13 +312,13 @@ class FusedOptimizer(Optimizer, ABC):
             Member(key, group, param, self.state[param], storage.local_view)
             for (group, _, param), key in zip(active, keys, strict=True)
         ]
-        everything = [p for _, _, p in self._parameters()]
-        idle = [p for p in everything if p.grad is None]
+        groups = [list(group["params"]) for group in self.param_groups]
+        idle = [p for _, _, p in self._parameters() if p.grad is None]
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
         unchanged = DictGuards([self.state, *(member.state for member in members)])
         return _Plan(
-            buckets, everything, idle, self._signature(), on_device, self.state, unchanged, occupied
+            buckets, groups, idle, self._signature(), on_device, self.state, unchanged, occupied
         )
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:

@@ -147,7 +147,8 @@ class FusedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        # What torch.no_grad() makes and calls, without its detours: they cost 20 us after a backward.
+        with torch.set_grad_enabled(False):
             buckets = self._collect()
             try:
                 self._update(buckets)

@@ -83,9 +83,10 @@ class VersionedDictGuards(PythonDictGuards):
         super().__init__(dicts)
         self._versions = self._read_versions()
 
-    def _read_versions(self) -> list[int]:
+    def _read_versions(self) -> int:
+        # A change takes the next number of one counter for all dictionaries: a sum of versions only grows.
         assert dict_version is not None
-        return list(map(dict_version, self._dicts))
+        return sum(map(dict_version, self._dicts))
 
     def check(self) -> bool:
         """Whether every dictionary holds the same objects under the same keys."""

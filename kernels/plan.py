@@ -157,7 +157,7 @@ class Bucket:
         addresses = [[t.data_ptr() for t in [*p, *s]] for p, s in zip(self.param_planes, planes, strict=True)]
         table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
         self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
-        self._grads_aligned = False
+        self._low_bits = b""
         self.layouts = None
         if self.strided:
             table[LAYOUT] = torch.arange(n)
@@ -219,13 +219,13 @@ class Bucket:
         return steps is None or not self.launched or steps.tobytes() == self._expected_steps
 
     def _fill_table(self) -> None:
-        """Writes where the gradients are, and who starts on a 16-byte boundary if that may have changed."""
-        table = self._staging.host_table
-        table[-1] = _addresses(self.grads)
-        aligned = not np.bitwise_or.reduce(table[-1]) % 16
-        if not (aligned and self._grads_aligned):
-            np.copyto(table[ALIGNED], self._fixed_aligned & (table[-1] % 16 == 0))
-        self._grads_aligned = aligned
+        """Writes where the gradients are, and who starts on a 16-byte boundary if that has changed."""
+        table, addresses = self._staging.host_table, _addresses(self.grads)
+        table[-1] = addresses
+        low_bits = (addresses & 15).tobytes()
+        if low_bits != self._low_bits:
+            np.copyto(table[ALIGNED], self._fixed_aligned & (addresses % 16 == 0))
+            self._low_bits = low_bits
 
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""

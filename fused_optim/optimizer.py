@@ -343,10 +343,10 @@ class FusedOptimizer(Optimizer, ABC):
             total = sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
         skipping = skipping and total is not None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        controls = {
-            device: control(device, scale, found_inf, total, clips, skipping)
-            for device in dict.fromkeys(bucket.device for bucket in buckets)
-        }
+        controls: dict[torch.device, Control] = {}
+        for bucket in buckets:
+            if bucket.device not in controls:
+                controls[bucket.device] = control(bucket.device, scale, found_inf, total, clips, skipping)
         self._count_skipped(controls)
         updated = [bucket for bucket in buckets if controls[bucket.device].active is not False]
         for bucket in updated:

@@ -91,10 +91,10 @@ class VersionedDictGuards(PythonDictGuards):
     def check(self) -> bool:
         """Whether every dictionary holds the same objects under the same keys."""
         versions = self._read_versions()
-        if versions == self._versions:
-            return True
-        self._versions = versions
-        return super().check()
+        same = versions == self._versions or super().check()
+        if same:
+            self._versions = versions
+        return same
 
 
 Guards = PythonGuards if TensorGuards is None else NativeGuards

@@ -28,6 +28,10 @@ NUMEL, ROW, ALIGNED, LAYOUT, HEADER = range(5)
 """Columns of ``Bucket.table``; the planes' addresses follow, the gradient's last."""
 
 
+# An array: numpy converts a Python number anew in every call.
+_LOW_BITS = np.array(15)
+
+
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
@@ -222,7 +226,7 @@ class Bucket:
         """Writes where the gradients are, and who starts on a 16-byte boundary if that has changed."""
         table, addresses = self._staging.host_table, _addresses(self.grads)
         table[-1] = addresses
-        low_bits = (addresses & 15).tobytes()
+        low_bits = (addresses & _LOW_BITS).tobytes()
         if low_bits != self._low_bits:
             np.copyto(table[ALIGNED], self._fixed_aligned & (addresses % 16 == 0))
             self._low_bits = low_bits

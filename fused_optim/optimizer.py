@@ -318,9 +318,7 @@ class FusedOptimizer(Optimizer, ABC):
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
         unchanged = DictGuards([self.state, *(member.state for member in members)])
-        return _Plan(
-            buckets, groups, idle, self._signature(), on_device, self.state, unchanged, occupied
-        )
+        return _Plan(buckets, groups, idle, self._signature(), on_device, self.state, unchanged, occupied)
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:
         """The bucket of a parameter with its gradient, after every check that could refuse it."""

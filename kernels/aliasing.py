@@ -77,7 +77,7 @@ class Occupied:
         spans = np.array([_span(w.tensor) for w in self._written], dtype=np.int64).reshape(-1, 2)
         # The furthest end so far: spans of interleaved views overlap.
         self._edges = np.maximum.accumulate(spans.reshape(-1))
-        # Up to where memory is free behind an edge: behind an end to the next start, behind a start not at all.
+        # Up to where memory is free: from an end to the next start, from a start not at all.
         self._free_until = np.append(self._edges, np.iinfo(np.int64).max)
         self._free_until[1::2] = 0
 

@@ -141,7 +141,7 @@ def test_where_gradients_lie() -> None:
         starts, sizes = rng.integers(0, 3900, 12).tolist(), rng.integers(1, 90, 12).tolist()
         spans = [memory[a : a + n] for a, n in zip(starts, sizes, strict=True)]
         occupied = Occupied(Written(span, span, False) for span in spans)
-        for first, extent in zip(rng.integers(0, 3900, 50).tolist(), rng.integers(1, 99, 50).tolist(), strict=True):
+        for first, extent in zip(*rng.integers(1, (3900, 99), (50, 2)).T.tolist(), strict=True):
             expected = any(a < first + extent and first < a + n for a, n in zip(starts, sizes, strict=True))
             address = np.array([memory.data_ptr() + first])
             assert occupied.may_hold(address, np.array([extent])) == expected
@@ -201,7 +201,11 @@ def test_a_hook_may_change_the_arguments() -> None:
     assert optimizer.step() == 7.0
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def _pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, _pickled])
 def test_copies_step_and_have_hooks(again: Callable[[Any], Any]) -> None:
     optimizer, params = _optimizer()
     _step(optimizer, params, 0)

@@ -49,7 +49,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     heard = Optimizer.profile_hook_step(step)
 
     @wraps(step)
-    def wrapper(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         global_hooks = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
         profiling = torch.autograd.profiler._is_profiler_enabled or torch.autograd._profiler_enabled()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -63,7 +63,7 @@ class NativeGuards:
 class PythonDictGuards:
     """The objects in dictionaries, compared one by one."""
 
-    def __init__(self, dicts: Sequence[Mapping[Any, Any]]) -> None:
+    def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
         self._dicts = dicts
         self._expected = self._read()
 
@@ -79,7 +79,7 @@ class PythonDictGuards:
 class VersionedDictGuards(PythonDictGuards):
     """The same with a look at versions first: no object that an unchanged dictionary holds is touched."""
 
-    def __init__(self, dicts: Sequence[Mapping[Any, Any]]) -> None:
+    def __init__(self, dicts: Sequence[dict[Any, Any]]) -> None:
         super().__init__(dicts)
         self._versions = self._read_versions()
 

@@ -23,7 +23,7 @@ from . import checkpoint, storage
 from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.control import Control, control
-from .kernels.guards import DictGuards
+from .kernels.guards import DictGuards, PythonDictGuards
 from .kernels.plan import Bucket, Key, Member, build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
@@ -40,7 +40,7 @@ class _Plan(NamedTuple):
     signature: list[tuple[Any, ...]]
     steps_on_device: bool
     state: dict[Tensor, Any]
-    unchanged: DictGuards
+    unchanged: PythonDictGuards
     occupied: Occupied
 
 

@@ -82,19 +82,16 @@ def step(bucket: Bucket) -> None:
     """Updates every tensor of the bucket whose row is active."""
     cpu, cached = _cpu(), bucket.cache.get("native")
     if cached is None:
-        cached = cpu.library.rules[bucket.rule.name], cpu.library.codec_ids(bucket)
-        bucket.cache["native"] = cached
-    table, rows = bucket.table, bucket.rows
-    error = cpu.step(
-        *cached,
-        table.data_ptr(),
-        table.shape[1],
-        rows.data_ptr(),
-        rows.shape[1],
-        library.layouts_of(bucket),
-        torch.get_num_threads(),
-        cpu.isa,
-    )
+        cached = bucket.cache["native"] = (
+            cpu.library.rules[bucket.rule.name],
+            cpu.library.codec_ids(bucket),
+            bucket.table.data_ptr(),
+            bucket.table.shape[1],
+            bucket.rows.data_ptr(),
+            bucket.rows.shape[1],
+            library.layouts_of(bucket),
+        )
+    error = cpu.step(*cached, torch.get_num_threads(), cpu.isa)
     _check(error, bucket)
 
 

@@ -251,7 +251,10 @@ def test_a_file_is_split_by_position(tmp_path: Path) -> None:
         (["--heads", "3"], "must be an even multiple of --heads 3"),
         (["--kv-heads", "3"], "must be a multiple of --kv-heads 3"),
         (["--warmup-steps", "700", "--decay-steps", "700", "--steps", "800"], "together exceed"),
-        (["--storage", "fp33"], "--storage: storage 'fp33': parameters cannot be stored as 'fp33'; allowed: auto"),
+        (
+            ["--storage", "fp33"],
+            "--storage: storage 'fp33': parameters cannot be stored as 'fp33'; allowed: auto",
+        ),
         (["--storage", "fp32+fp64"], "such parameters keep their states in fp32"),
         (["--backend", "cuda", "--device", "cpu"], "backend='cuda' cannot run here"),
         (["--clip-grad-norm", "much"], "invalid number (or none) value: 'much'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -293,7 +294,7 @@ def _converted(params: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[
     out: dict[str, Tensor] = {}
     for name, param in params.items():
         own = dtype if dtype and param.is_floating_point() else param.dtype
-        out[name] = torch.empty_like(param, dtype=own, device="meta", requires_grad=param.requires_grad)
+        out[name] = torch.empty(param.shape, dtype=own, device="meta", requires_grad=param.requires_grad)
         # The marks that keep_fp32 leaves on a parameter, and whatever else a predicate may look for.
         vars(out[name]).update(vars(param))
     return out
@@ -342,7 +343,8 @@ class _Counter:
     def _gradient(self, name: str, param: Tensor) -> int:
         key = param.shape, param.dtype
         if key not in self.sizes:
-            grad = torch.empty_like(param, dtype=DTYPES[self.grad_dtype] if self.grad_dtype else None)
+            dtype = DTYPES[self.grad_dtype] if self.grad_dtype else param.dtype
+            grad = torch.empty(param.shape, dtype=dtype, device="meta")
             stored.check_gradient(name, param, grad, needs_norm=False)
             self.sizes[key] = grad.nbytes
         return self.sizes[key]
@@ -350,7 +352,8 @@ class _Counter:
     def _plane(self, param: Tensor, plane: Plane) -> int:
         key = param.shape, param.dtype, plane
         if key not in self.sizes:
-            self.sizes[key] = stored.empty_plane(param, plane).nbytes
+            shape = stored.plane_shape(plane, param.shape)
+            self.sizes[key] = math.prod(shape) * stored._plane_dtype(param, plane).itemsize
         return self.sizes[key]
 
 

@@ -121,6 +121,14 @@ def test_configs_that_cannot_be_built(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "cannot build this model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--json", "--png"])
+def test_files_that_cannot_be_written(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_command.main(["--model", "124m", option, str(tmp_path)]) == 2
+    assert "cannot be written (Is a directory); give another file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("package", "options"), [("matplotlib", ["--png", "x.png"]), ("transformers", ["--config", "c.json"])]
 )

@@ -131,6 +131,11 @@ class Memory:
             gpus: how many share.
             shard: ``"none"`` copies everything, ``"states"`` splits states and master weights (ZeRO-1),
                 ``"all"`` splits everything (FSDP).
+
+        Example:
+            >>> from fused_optim.training import Memory
+            >>> Memory(weights=200, master=100, gradients=200, states=201).on_each(2, "states")
+            Memory(weights=200, master=50, gradients=200, states=101)
         """
         shared = {"none": (), "states": ("master", "states"), "all": PARTS}[shard]
         return replace(self, **{part: -(-getattr(self, part) // gpus) for part in shared})

@@ -246,7 +246,7 @@ def plan(
         Entry(rule, item, memory, memory.on_each(gpus, shard)) for rule, item, memory in [*found, *theirs]
     ]
     label = name or (type(model).__name__ if isinstance(model, nn.Module) else "shapes")
-    notes = _notes(shard, wanted)
+    notes = _notes(shard, wanted, peers)
     return Plan(label, sum(numels), len(numels), gpus, shard, tuple(entries), notes)
 
 
@@ -373,11 +373,13 @@ def _count_peer(params: Mapping[str, Tensor], peer: Peer) -> Memory:
     )
 
 
-def _notes(shard: str, storages: Sequence[Storage]) -> tuple[str, ...]:
+def _notes(shard: str, storages: Sequence[Storage], peers: bool) -> tuple[str, ...]:
     notes = [
         "Activations, buffers of communication and what the allocator wastes are not included.",
         "GB and the cards' memory are 10^9 bytes.",
     ]
+    if peers:
+        notes.append("bitsandbytes and torchao update bf16 weights in place, without a master copy.")
     if any(storage.param_codec == "bf16" for storage in storages):
         notes.append(
             "Plain bf16 weights lose updates smaller than their last bit; sr, kahan and split keep them."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,11 +113,13 @@ def _run(given: argparse.Namespace) -> int:
         name=given.config or f"{preset} ({PRESETS[preset].model})",
     )
     if given.json:
-        _write(given.json, json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+        with _writing(given.json):
+            Path(given.json).write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
     if given.png:
         from .plan_figure import draw
 
-        draw(found, Path(given.png))
+        with _writing(given.png):
+            draw(found, Path(given.png))
     print(found)
     return 0
 
@@ -126,9 +129,10 @@ def _need(package: str, option: str) -> None:
         raise UsageError(f"{option} needs {package}; install with: pip install 'fused_optim[pretrain]'")
 
 
-def _write(path: str, text: str) -> None:
+@contextmanager
+def _writing(path: str) -> Generator[None]:
     try:
-        Path(path).write_text(text)
+        yield
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); give another file") from error
 

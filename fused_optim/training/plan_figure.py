@@ -24,7 +24,10 @@ def draw(plan: Plan, path: Path) -> None:
 
     Args:
         plan: what to show.
-        path: of the file.
+        path: of the file; replaced if it exists.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     groups = sections(plan)
     rows = [len(entries) for entries in groups.values()]
@@ -43,7 +46,7 @@ def draw(plan: Plan, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.suptitle("\n".join(heading(plan)), fontsize=12)
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _draw_bars(axes: Axes, title: str, entries: Sequence[Entry], largest: float) -> None:

@@ -15,8 +15,8 @@ _GB = ("weights", "master", "states", "gradients", "total")
 _HEADS = {"weights": "weight", "gradients": "grads", "total": "sum"}
 SHARED = {
     "none": "each holds everything",
-    "states": "states and master weights are split among them (ZeRO-1)",
-    "all": "everything is split among them (FSDP)",
+    "states": "states and master weights are split evenly among them (ZeRO-1)",
+    "all": "everything is split evenly among them (FSDP)",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -130,6 +131,11 @@ class Memory:
             gpus: how many share.
             shard: ``"none"`` copies everything, ``"states"`` splits states and master weights (ZeRO-1),
                 ``"all"`` splits everything (FSDP).
+
+        Example:
+            >>> from fused_optim.training import Memory
+            >>> Memory(weights=200, master=100, gradients=200, states=201).on_each(2, "states")
+            Memory(weights=200, master=50, gradients=200, states=101)
         """
         shared = {"none": (), "states": ("master", "states"), "all": PARTS}[shard]
         return replace(self, **{part: -(-getattr(self, part) // gpus) for part in shared})
@@ -240,7 +246,7 @@ def plan(
         Entry(rule, item, memory, memory.on_each(gpus, shard)) for rule, item, memory in [*found, *theirs]
     ]
     label = name or (type(model).__name__ if isinstance(model, nn.Module) else "shapes")
-    notes = _notes(shard, wanted)
+    notes = _notes(shard, wanted, peers)
     return Plan(label, sum(numels), len(numels), gpus, shard, tuple(entries), notes)
 
 
@@ -293,7 +299,7 @@ def _converted(params: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[
     out: dict[str, Tensor] = {}
     for name, param in params.items():
         own = dtype if dtype and param.is_floating_point() else param.dtype
-        out[name] = torch.empty_like(param, dtype=own, device="meta", requires_grad=param.requires_grad)
+        out[name] = torch.empty(param.shape, dtype=own, device="meta", requires_grad=param.requires_grad)
         # The marks that keep_fp32 leaves on a parameter, and whatever else a predicate may look for.
         vars(out[name]).update(vars(param))
     return out
@@ -342,7 +348,8 @@ class _Counter:
     def _gradient(self, name: str, param: Tensor) -> int:
         key = param.shape, param.dtype
         if key not in self.sizes:
-            grad = torch.empty_like(param, dtype=DTYPES[self.grad_dtype] if self.grad_dtype else None)
+            dtype = DTYPES[self.grad_dtype] if self.grad_dtype else param.dtype
+            grad = torch.empty(param.shape, dtype=dtype, device="meta")
             stored.check_gradient(name, param, grad, needs_norm=False)
             self.sizes[key] = grad.nbytes
         return self.sizes[key]
@@ -350,7 +357,8 @@ class _Counter:
     def _plane(self, param: Tensor, plane: Plane) -> int:
         key = param.shape, param.dtype, plane
         if key not in self.sizes:
-            self.sizes[key] = stored.empty_plane(param, plane).nbytes
+            shape = stored.plane_shape(plane, param.shape)
+            self.sizes[key] = math.prod(shape) * stored._plane_dtype(param, plane).itemsize
         return self.sizes[key]
 
 
@@ -365,11 +373,13 @@ def _count_peer(params: Mapping[str, Tensor], peer: Peer) -> Memory:
     )
 
 
-def _notes(shard: str, storages: Sequence[Storage]) -> tuple[str, ...]:
+def _notes(shard: str, storages: Sequence[Storage], peers: bool) -> tuple[str, ...]:
     notes = [
         "Activations, buffers of communication and what the allocator wastes are not included.",
         "GB and the cards' memory are 10^9 bytes.",
     ]
+    if peers:
+        notes.append("bitsandbytes and torchao update bf16 weights in place, without a master copy.")
     if any(storage.param_codec == "bf16" for storage in storages):
         notes.append(
             "Plain bf16 weights lose updates smaller than their last bit; sr, kahan and split keep them."

@@ -70,7 +70,8 @@ def _forced_isa(name: str) -> Generator[None]:
 
 def lacks(codec: str) -> bool:
     """Whether the library has no such codec."""
-    return codec not in _cpu().library.codecs
+    opened = library.load("cpu")
+    return isinstance(opened, str) or codec not in opened.codecs
 
 
 def _check(error: int, bucket: Bucket) -> None:

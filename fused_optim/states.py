@@ -71,7 +71,7 @@ def _copy(
     """
     state: dict[str, Tensor] = {}
     for plane in planes:
-        value, shape = entry[key + plane.suffix], plane_shape(plane, param.shape)
+        value, shape = entry[key + plane.suffix], plane_shape(plane, param)
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state {key + plane.suffix!r} of {name} has shape {tuple(value.shape)} in the state dict, "

@@ -1,9 +1,13 @@
-"""Division, square root, maximum and sign as the rules need them, in both arithmetics."""
+"""Arithmetic as the rules need it, exact or fast, and as the codecs need it, the same bits in both."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Adding this rounds |x| < 2**22 to an integer, to nearest even, which is then the sum's lower bits.
+ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -34,3 +38,37 @@ def maximum(x, y):
 def sign(x):
     """-1, 0 or 1; 0 for NaN."""
     return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def times(x, y):
+    """A product that is rounded before anything is added to it, in fast arithmetic too."""
+    if INTERPRETED:
+        return x * y
+    else:
+        return libdevice.mul_rn(x, y)
+
+
+@triton.jit
+def minus(x, y):
+    """A difference of rounded values, in fast arithmetic too."""
+    if INTERPRETED:
+        return x - y
+    else:
+        return libdevice.sub_rn(x, y)
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x):
+    """The integer nearest to ``|x| < 2**22``, ties to even."""
+    return (x + ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000

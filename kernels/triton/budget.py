@@ -32,9 +32,11 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     The widest plane is read 16 bytes at a time. Narrower ones follow with as many elements: a wider
     access would have to be redistributed through shared memory (a barrier per plane, 16 more registers).
     """
-    widest = max(plane.bits for codec in codecs for plane in codec.planes)
+    widest = max(plane.bits // plane.per for c in codecs for plane in c.planes if plane.per < max(c.block, 2))
     narrow = sum(codec.bytes_per_value for codec in codecs) <= 2
-    return Shape(4096 if narrow else 2048, 512, 128 // widest, warps=4)
+    # A block stays within a warp: in a chunk each of four warps has a quarter.
+    chunk = max(512, *(4 * codec.block for codec in codecs))
+    return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
 
 
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:

@@ -59,6 +59,54 @@ def minus(x, y):
 
 
 @triton.jit
+def reciprocal(x):
+    """Correctly rounded; shorter than a division by far."""
+    if INTERPRETED:
+        return tl.div_rn(1.0, x)
+    else:
+        return libdevice.rcp_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """``x / y`` for ``1 <= y <= 254`` and ``|x| <= 254.5``, rounded correctly unless it is below 2**-20.
+
+    One correction of an approximate reciprocal that is within 2 ulp; the compiler's own division makes
+    two and branches for huge and tiny numbers. bench/proofs.py tries all that the codecs divide.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, y)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, q, m, e;
+            rcp.approx.ftz.f32 r, $2;
+            mul.rn.ftz.f32 q, $1, r;
+            neg.ftz.f32 m, $2;
+            fma.rn.ftz.f32 e, m, q, $1;
+            fma.rn.ftz.f32 $0, e, r, q; }""",
+            "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def root(x):
+    """The square root of ``2**-19 <= x < 1.01`` within an ulp, and such that the codecs round it correctly."""
+    if INTERPRETED:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, h, q, m, e;
+            rsqrt.approx.ftz.f32 r, $1;
+            mul.rn.ftz.f32 q, $1, r;
+            mul.rn.ftz.f32 h, r, 0f3F000000;
+            neg.ftz.f32 m, q;
+            fma.rn.ftz.f32 e, m, q, $1;
+            fma.rn.ftz.f32 $0, e, h, q; }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def bits_of(x):
     return x.to(tl.uint32, bitcast=True)
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..lookup import GUESS_BASE as _GUESS_BASE
 from ..lookup import SIGNED_FOUR_BITS
-from .arithmetic import ROUNDER, bits_of, float_of, rounded, times
+from .arithmetic import ROUNDER, bits_of, float_of, quotient, root, rounded, times
 
 _MAGNITUDES = np.array(SIGNED_FOUR_BITS, np.float32)[7:]
 _MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / np.float32(2)
@@ -64,12 +64,12 @@ def int8_unsigned_code(n, table):
 @triton.jit
 def int8_companded_value(code, table):
     q = _float(code ^ 0x80, -128.0)
-    return tl.div_rn(q, 254.0 - tl.abs(q))
+    return quotient(q, 254.0 - tl.abs(q))
 
 
 @triton.jit
 def int8_companded_code(n, table):
-    return rounded(tl.div_rn(times(n, 254.0), tl.abs(n) + 1.0))
+    return rounded(quotient(times(n, 254.0), tl.abs(n) + 1.0))
 
 
 @triton.jit
@@ -80,7 +80,8 @@ def int8_companded_unsigned_value(code, table):
 
 @triton.jit
 def int8_companded_unsigned_code(n, table):
-    return _at_least_one(rounded(times(tl.sqrt_rn(tl.maximum(n, 0.0)), 255.0)), n)
+    # What is raised to the limit of root() has code 0 all the same.
+    return _at_least_one(rounded(times(root(tl.maximum(n, 2.0**-19)), 255.0)), n)
 
 
 @triton.jit
@@ -147,5 +148,5 @@ def int4_unsigned_value(code, table):
 
 @triton.jit
 def int4_unsigned_code(n, table):
-    root = tl.sqrt_rn(tl.sqrt_rn(tl.maximum(n, 0.0)))
-    return rounded(tl.maximum(times(root, 16.0), 1.0)) - 1
+    # Up to 2**-14 the code is 0: a second moment that is not zero never becomes zero.
+    return rounded(times(root(root(tl.maximum(n, 2.0**-14))), 16.0)) - 1

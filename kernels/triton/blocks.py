@@ -1,15 +1,15 @@
 """What all block codecs share: a code of 8 or 4 bits for each value, a scale for each block of neighbours.
 
 A codec is two functions in units of its scale, ``value(code, table)`` and ``code(n, table)``, and how its
-planes look. ``CODEC`` is ``(decode, encode, addresses, value, code, BLOCK, PER, SCALE, SIGNED)`` with ``PER``
-codes a byte, the dtype of the scales' bits, and whether a scale carries the sign of its block's largest
+planes look. ``CODEC`` is ``(decode, encode, addresses, value, code, BLOCK, PER, BITS, SIGNED)`` with ``PER``
+codes a byte, the ``BITS`` of a scale, and whether a scale carries the sign of its block's largest
 magnitude.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import bits_of, float_of, times
+from .arithmetic import bits_of, float_of, reciprocal, times
 from .tile import offsets, read, write
 
 INFINITY = tl.constexpr(0x7F800000)
@@ -19,35 +19,54 @@ SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
 @triton.constexpr_function
-def _shape(size, block, spread):
+def _shape(size, block, vector, warps):
     """Elements as [groups, rows of a block, warps, blocks of a row, part of a block in a row]."""
-    vector, warps = spread
     row = 32 * vector
     part = min(block, row)
     return [size * part // (row * warps * block), block // part, warps, row // part, part]
 
 
+@triton.constexpr_function
+def _integer(bits):
+    return {16: tl.uint16, 32: tl.uint32}[bits]
+
+
 @triton.jit
 def _largest(x, BLOCK: tl.constexpr, SPREAD: tl.constexpr):
     """Each block's largest integer: first of what a thread has, then of what a warp has."""
-    return tl.max(tl.max(x.reshape(_shape(x.shape[0], BLOCK, SPREAD)), 1), 3)
+    return tl.max(tl.max(x.reshape(_shape(x.shape[0], BLOCK, SPREAD[0], SPREAD[1])), 1), 3)
 
 
 @triton.jit
-def _for_each(x, SIZE: tl.constexpr, BLOCK: tl.constexpr, SPREAD: tl.constexpr):
+def _for_each(x, SIZE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr):
     """A block's value for each of its elements."""
-    return tl.broadcast_to(x[:, None, :, :, None], _shape(SIZE, BLOCK, SPREAD)).reshape(SIZE)
+    return tl.broadcast_to(x[:, None, :, :, None], _shape(SIZE, BLOCK, VECTOR, WARPS)).reshape(SIZE)
 
 
 @triton.jit
-def _scales(plane, dense, SIZE: tl.constexpr, CODEC: tl.constexpr, SPREAD: tl.constexpr):
-    """Pointers to the scales of a tile's blocks, and the mask of those that exist."""
+def _read_scales(plane, dense, SIZE: tl.constexpr, CODEC: tl.constexpr, SPREAD: tl.constexpr):
+    """The scale of each element."""
     BLOCK: tl.constexpr = CODEC[5]
-    SHAPE: tl.constexpr = _shape(SIZE, BLOCK, SPREAD)
+    SHAPE: tl.constexpr = _shape(SIZE, BLOCK, SPREAD[0], SPREAD[1])
     group, warp = tl.arange(0, SHAPE[0])[:, None, None], tl.arange(0, SHAPE[2])[None, :, None]
     block = group * SHAPE[3] + warp * (SIZE // SHAPE[2] // BLOCK) + tl.arange(0, SHAPE[3])[None, None, :]
-    pointers = plane.to(tl.pointer_type(CODEC[7])) + dense[0] // BLOCK + block
-    return pointers, None if dense[3] is None else block * BLOCK < dense[3]
+    pointers = plane.to(tl.pointer_type(_integer(CODEC[7]))) + dense[0] // BLOCK + block
+    bits = tl.load(pointers, mask=None if dense[3] is None else block * BLOCK < dense[3])
+    return _for_each(float_of(bits.to(tl.uint32) << (32 - CODEC[7])), SIZE, BLOCK, SPREAD[0], SPREAD[1])
+
+
+@triton.jit
+def _write_scales(bits, plane, dense, SIZE: tl.constexpr, CODEC: tl.constexpr, SPREAD: tl.constexpr):
+    """The thread that has a block's first elements writes: the layout is that of the values as they are."""
+    VECTOR: tl.constexpr = SPREAD[0]
+    BLOCK: tl.constexpr = CODEC[5]
+    first = VECTOR * offsets(SIZE // VECTOR, 32, SPREAD[1])
+    mask = first % BLOCK == 0
+    if dense[3] is not None:
+        mask &= first < dense[3]
+    bits = _for_each(bits >> (32 - CODEC[7]), SIZE // VECTOR, BLOCK // VECTOR, 1, SPREAD[1])
+    pointers = plane.to(tl.pointer_type(_integer(CODEC[7]))) + dense[0] // BLOCK + first // BLOCK
+    tl.store(pointers, bits.to(_integer(CODEC[7])), mask=mask)
 
 
 @triton.jit
@@ -70,7 +89,7 @@ def _scale_bits(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
         top = _largest(magnitude.to(tl.int32), CODEC[5], SPREAD).to(tl.uint32)
         sign = tl.zeros_like(top)
     top = tl.where(top > INFINITY, QUIET_NAN, tl.where(top < SMALLEST_NORMAL, 0, top)).to(tl.uint32)
-    if CODEC[7] == tl.uint16:
+    if CODEC[7] == 16:
         top = (top + 0x7FFF + (top >> 16 & 1)) & 0xFFFF0000
     return top | sign
 
@@ -80,10 +99,10 @@ def _normalised(x, scale_bits, CODEC: tl.constexpr, SPREAD: tl.constexpr):
     """Values divided by their block's scale; 0 where it is zero or not finite."""
     magnitude = scale_bits & 0x7FFFFFFF
     alive = (magnitude != 0) & (magnitude < INFINITY)
-    inverse = tl.div_rn(1.0, float_of(tl.where(alive, scale_bits, ONE)))
+    inverse = reciprocal(float_of(tl.where(alive, scale_bits, ONE)))
     SIZE: tl.constexpr = x.shape[0]
-    n = times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD))
-    return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD), n, 0.0)
+    n = times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD[0], SPREAD[1]))
+    return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1]), n, 0.0)
 
 
 @triton.jit
@@ -107,10 +126,8 @@ def block_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
         code = tl.join(pair & 15, pair >> 4).reshape(SIZE)
     else:
         code = read(planes[0], tl.uint8, dense, SPREAD[0])
-    pointers, mask = _scales(planes[1], dense, SIZE, CODEC, SPREAD)
-    bits = tl.load(pointers, mask=mask).to(tl.uint32) << (32 - CODEC[7].primitive_bitwidth)
     value = CODEC[3](code.to(tl.uint32), planes[-1])
-    return times(value, _for_each(float_of(bits), SIZE, CODEC[5], SPREAD))
+    return times(value, _read_scales(planes[1], dense, SIZE, CODEC, SPREAD))
 
 
 @triton.jit
@@ -119,7 +136,6 @@ def block_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.conste
     if dense[2] is not None:
         x = tl.where(dense[2], x, 0.0)
     bits = _scale_bits(x, CODEC, SPREAD)
-    pointers, mask = _scales(planes[1], dense, x.shape[0], CODEC, SPREAD)
-    tl.store(pointers, (bits >> (32 - CODEC[7].primitive_bitwidth)).to(CODEC[7]), mask=mask)
+    _write_scales(bits, planes[1], dense, x.shape[0], CODEC, SPREAD)
     code = CODEC[4](_normalised(x, bits, CODEC, SPREAD), planes[-1])
     _write_codes(code, planes[0], dense, CODEC, SPREAD)

@@ -77,10 +77,9 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
     if codec.block == 1:
         return *functions, tl.constexpr(codec.columns)
     codes, scales = codec.planes
-    dtype = {16: tl.uint16, 32: tl.uint32}[scales.bits]
     signed_scale = codec.name == "int4"
     # Inside a nested tuple Triton wraps nothing by itself.
-    numbers = map(tl.constexpr, (codec.block, codes.per, dtype, signed_scale))
+    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, signed_scale))
     return blocks.block_decode, blocks.block_encode, tl.constexpr(codec.columns), *functions, *numbers
 
 

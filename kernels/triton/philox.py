@@ -27,7 +27,8 @@ def _philox(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def random_16_bits(place, stream, SPREAD: tl.constexpr):
     """16 random bits (uint32) for each element; ``stream`` is ``(slot, (seed, step, ordinal))``."""
-    slot, (seed, step, ordinal) = stream
+    slot, whose = stream
+    seed, step, ordinal = whose
     SIZE: tl.constexpr = place[1].shape[0]
     VECTOR: tl.constexpr = SPREAD[0]
     # A tile starts at a multiple of its size, so nothing is carried into the upper word.

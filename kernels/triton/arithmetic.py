@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import libdevice
 
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -46,7 +45,10 @@ def times(x, y):
     if INTERPRETED:
         return x * y
     else:
-        return libdevice.mul_rn(x, y)
+        # libdevice has this too, but compiled to flush denormals.
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -55,7 +57,9 @@ def minus(x, y):
     if INTERPRETED:
         return x - y
     else:
-        return libdevice.sub_rn(x, y)
+        return tl.inline_asm_elementwise(
+            "sub.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -64,7 +68,9 @@ def reciprocal(x):
     if INTERPRETED:
         return tl.div_rn(1.0, x)
     else:
-        return libdevice.rcp_rn(x)
+        return tl.inline_asm_elementwise(
+            "rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from .tile import offsets, read, write
 
 INFINITY = tl.constexpr(0x7F800000)
 QUIET_NAN = tl.constexpr(0x7FC00000)
-ONE = tl.constexpr(0x3F800000)
 SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
@@ -88,18 +87,20 @@ def _scale_bits(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
     else:
         top = _largest(magnitude.to(tl.int32), CODEC[5], SPREAD).to(tl.uint32)
         sign = tl.zeros_like(top)
-    top = tl.where(top > INFINITY, QUIET_NAN, tl.where(top < SMALLEST_NORMAL, 0, top)).to(tl.uint32)
     if CODEC[7] == 16:
-        top = (top + 0x7FFF + (top >> 16 & 1)) & 0xFFFF0000
-    return top | sign
+        top = tl.where(top > INFINITY, QUIET_NAN, top).to(tl.uint32)
+        top = tl.where(top < SMALLEST_NORMAL, 0, top + 0x7FFF + (top >> 16 & 1)) & 0xFFFF0000
+    else:
+        top = tl.where(top < SMALLEST_NORMAL, 0, top)
+    return top.to(tl.uint32) | sign
 
 
 @triton.jit
 def _normalised(x, scale_bits, CODEC: tl.constexpr, SPREAD: tl.constexpr):
     """Values divided by their block's scale; 0 where it is zero or not finite."""
-    magnitude = scale_bits & 0x7FFFFFFF
-    alive = (magnitude != 0) & (magnitude < INFINITY)
-    inverse = reciprocal(float_of(tl.where(alive, scale_bits, ONE)))
+    # In one comparison: no denormals are left, and below 0 it wraps.
+    alive = (scale_bits & 0x7FFFFFFF) - SMALLEST_NORMAL < INFINITY - SMALLEST_NORMAL
+    inverse = reciprocal(float_of(scale_bits))
     SIZE: tl.constexpr = x.shape[0]
     n = times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD[0], SPREAD[1]))
     return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1]), n, 0.0)

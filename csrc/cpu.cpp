@@ -109,7 +109,7 @@ FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* 
 // Writes to `sum` the sum of squares of the gradients in `column`: the same bits for any number of threads.
 FO_API int fused_optim_cpu_square_sum(int codec, int column, const int64_t* table, int64_t n,
                                       const int64_t* layouts, int threads, int isa, double* sum) {
-  if (codec < 0 || codec >= CODEC_COUNT) return UNKNOWN_CODEC;
+  if (codec < 0 || codec >= PLAIN_COUNT) return UNKNOWN_CODEC;
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
   Gradients gradients{codec, column, {table, n}, layouts};

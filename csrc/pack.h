@@ -1,7 +1,7 @@
 // A value in registers: F holds 16 neighbouring floats under g++ and one float under nvcc.
 //
-// Rules and codecs are written once over F (float), U (32 bits) and H (16 bits). Everything has internal
-// linkage: this is compiled once per instruction set, and the linker must never mix those copies.
+// Rules and codecs are written once over F (float), U (32 bits), H (16 bits) and B (8 bits). Everything has
+// internal linkage: this is compiled once per instruction set, and the linker must never mix those copies.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,30 @@ namespace {
 using F = float;
 using U = uint32_t;
 using H = uint16_t;
+using B = uint8_t;
 
 FO_INLINE F select(bool mask, F yes, F no) { return mask ? yes : no; }
 FO_INLINE U select(bool mask, U yes, U no) { return mask ? yes : no; }
 FO_INLINE U as_bits(F x) { return __float_as_uint(x); }
 FO_INLINE F as_float(U x) { return __uint_as_float(x); }
 FO_INLINE U widen(H x) { return x; }
+FO_INLINE U widen(B x) { return x; }
 FO_INLINE H narrow(U x) { return static_cast<H>(x); }
+FO_INLINE H high_half(U x) { return static_cast<H>(x >> 16); }
+FO_INLINE B low_byte(U x) { return static_cast<B>(x); }
+FO_INLINE U sign_extend(B x) { return static_cast<U>(static_cast<int8_t>(x)); }
+FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
+FO_INLINE U sign_extend(U x, int bits) {
+  return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
+}
+FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
+FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
+FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
+// Of the lower half of `a`.
+FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
+FO_INLINE F look_up(const float* table, U index) { return __ldg(table + index); }
+FO_INLINE U look_up(const uint8_t* table, U index) { return __ldg(table + index); }
+FO_INLINE F pick(const float (&table)[16], U index) { return table[index]; }
 FO_INLINE H float_to_bfloat(F x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 FO_INLINE F half_to_float(H x) { return __half2float(__ushort_as_half(x)); }
 FO_INLINE H float_to_half(F x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -82,6 +99,7 @@ struct Pack {
   FO_OPERATOR(|)
   FO_OPERATOR(<<)
   FO_OPERATOR(>>)
+  FO_OPERATOR(^)
   FO_COMPARISON(<)
   FO_COMPARISON(>)
   FO_COMPARISON(!=)
@@ -89,9 +107,17 @@ struct Pack {
 #undef FO_OPERATOR
 #undef FO_COMPARISON
 
+// Bytes fill one register of 16 on every instruction set.
+template <>
+struct Pack<uint8_t> {
+  typedef uint8_t Part __attribute__((vector_size(LANES)));
+  Part part[1];
+};
+
 using F = Pack<float>;
 using U = Pack<uint32_t>;
 using H = Pack<uint16_t>;
+using B = Pack<uint8_t>;
 using Mask = Pack<int32_t>;
 
 // Part by part: GCC moves a larger object through the stack in 16-byte pieces.
@@ -99,13 +125,15 @@ template <class T>
 FO_INLINE Pack<T> load(const void* from) {
   using Part = typename Pack<T>::Part;
   Pack<T> x;
-  FO_EACH_PART memcpy(&x.part[i], static_cast<const char*>(from) + i * sizeof(Part), sizeof(Part));
+  _Pragma("GCC unroll 4") for (size_t i = 0; i < sizeof x / sizeof(Part); ++i)
+      memcpy(&x.part[i], static_cast<const char*>(from) + i * sizeof(Part), sizeof(Part));
   return x;
 }
 template <class T>
 FO_INLINE void store(void* to, Pack<T> x) {
   using Part = typename Pack<T>::Part;
-  FO_EACH_PART memcpy(static_cast<char*>(to) + i * sizeof(Part), &x.part[i], sizeof(Part));
+  _Pragma("GCC unroll 4") for (size_t i = 0; i < sizeof x / sizeof(Part); ++i)
+      memcpy(static_cast<char*>(to) + i * sizeof(Part), &x.part[i], sizeof(Part));
 }
 
 FO_INLINE F select(Mask mask, F yes, F no) {
@@ -228,6 +256,8 @@ FO_INLINE H float_to_half(F x) {
 #endif
 
 }  // namespace
+
+#include "pack_integers.h"
 #endif
 
 namespace {
@@ -236,6 +266,31 @@ FO_INLINE F maximum(F a, F b) {
   // A NaN in either is the result: in a by the second test, in b because the first one fails.
   return select(a > b, a, select(a != a, a, b));
 }
+FO_INLINE U magnitude(F x) { return as_bits(x) & U(0x7fffffffu); }
+// Smaller and larger of two numbers below 2^31.
+FO_INLINE U at_most(U x, U limit) { return select(above(x, limit), limit, x); }
+FO_INLINE U at_least(U x, U limit) { return select(above(limit, x), limit, x); }
+FO_INLINE F bfloat_to_float(H x) { return as_float(widen(x) << 16); }
+// What is left of x when it is rounded, if that is finite.
+FO_INLINE F cut_off(F x, F rounded) {
+  return select(above(U(0x7f800000u), magnitude(rounded)), x - rounded, F(0.0f));
+}
+
+// 8-bit floats with 4 exponent bits, without infinities, in the lowest bits. Not more than 448 is converted.
+FO_INLINE F e4m3_to_float(U bits) {
+  U sign = (bits & 0x80u) << 24, size = bits & 0x7fu;
+  U normal = (size << 20) + 0x3c000000u, denormal = as_bits(to_float(size) * F(0x1p-9f));
+  U finite = select(above(U(8u), size), denormal, normal);
+  return as_float(select(above(size, U(0x7eu)), U(0x7fc00000u), finite) | sign);
+}
+FO_INLINE U float_to_e4m3(F x) {
+  U sign = (as_bits(x) >> 24) & 0x80u, size = at_most(magnitude(x), U(0x43e00000u));
+  U normal = (size - 0x3c000000u + 0x7ffffu + ((size >> 20) & 1u)) >> 20;
+  // One denormal is the spacing of floats at 2^14, so the addition rounds to it.
+  U denormal = as_bits(as_float(size) + F(0x1p14f)) - 0x46800000u;
+  return select(above(U(0x3c800000u), size), denormal, normal) | sign;
+}
+
 FO_INLINE F sign(F x) { return select(x > F(0), F(1), select(x < F(0), F(-1), F(0))); }
 
 }  // namespace

@@ -22,17 +22,19 @@ constexpr int most_states() {
   return most;
 }
 
-// A codec and where its planes begin.
+// A codec, where its planes begin, and its look-up table if it has one.
 struct Slot {
   int codec;
   char* planes[most_planes()];
+  const char* lookup;
 };
 
 // Reads a slot's addresses from the table and moves `column` behind them.
 FO_INLINE Slot take(int codec, const fo::Table& table, int64_t tensor, int& column) {
-  Slot slot{codec, {}};
+  Slot slot{codec, {}, nullptr};
   with_codec(codec, [&](auto c) FO_LAMBDA {
     for (int plane = 0; plane < c.planes; ++plane) slot.planes[plane] = table.plane(column++, tensor);
+    if (c.lookup) slot.lookup = table.plane(column++, tensor);
   });
   return slot;
 }
@@ -50,7 +52,8 @@ constexpr int state_counts[] = {FO_RULES(FO_STATES)};
 inline fo::Error check_ids(int rule, const int32_t* codecs) {
   if (rule < 0 || rule >= RULE_COUNT) return fo::UNKNOWN_RULE;
   for (int i = 0; i < 2 + state_counts[rule]; ++i) {
-    if (codecs[i] < 0 || codecs[i] >= CODEC_COUNT) return fo::UNKNOWN_CODEC;
+    int end = i == 0 ? ELEMENTWISE_COUNT : i == 1 ? PLAIN_COUNT : CODEC_COUNT;
+    if (codecs[i] < 0 || codecs[i] >= end) return fo::UNKNOWN_CODEC;
   }
   return fo::OK;
 }

@@ -17,16 +17,9 @@ class Odometer {
     }
   }
 
-  // Writes the offsets of the next `count` elements.
-  void take(int count, int64_t* param, int64_t* grad) {
-    for (int lane = 0; lane < count; ++lane) {
-      param[lane] = param_;
-      grad[lane] = grad_;
-      advance();
-    }
-  }
+  int64_t param() const { return param_; }
+  int64_t grad() const { return grad_; }
 
- private:
   void advance() {
     for (int dim = dims_ - 1; dim >= 0; --dim) {
       param_ += layout_.param_strides()[dim];
@@ -38,69 +31,47 @@ class Odometer {
     }
   }
 
+ private:
   fo::Layout layout_;
   int dims_;
   int64_t coordinates_[fo::MAX_DIMS];
   int64_t param_ = 0, grad_ = 0;
 };
 
-// Which elements of a slot are meant: `count` from `first` on, or, if given, those at `offsets`.
-struct Elements {
-  int count;
-  int64_t first;
-  const int64_t* offsets = nullptr;
-};
-
-template <class T>
-void gather(char* lanes, const char* plane, const Elements& which) {
-  for (int lane = 0; lane < which.count; ++lane) {
-    memcpy(lanes + lane * sizeof(T), plane + which.offsets[lane] * static_cast<int64_t>(sizeof(T)),
-           sizeof(T));
-  }
-}
-template <class T>
-void scatter(char* plane, const char* lanes, const Elements& which) {
-  for (int lane = 0; lane < which.count; ++lane) {
-    memcpy(plane + which.offsets[lane] * static_cast<int64_t>(sizeof(T)), lanes + lane * sizeof(T),
-           sizeof(T));
+FO_INLINE void copy_entry(char* to, const char* from, int bytes) {
+  if (bytes == 4) {
+    memcpy(to, from, 4);
+  } else {
+    memcpy(to, from, 2);
   }
 }
 
-// A copy of up to LANES elements of a slot, side by side; lanes without an element hold zeros.
+// A copy of up to LANES neighbouring elements of a slot; lanes without an element hold zeros.
 class Stage {
  public:
-  Slot fetch(const Slot& home, const Elements& which) {
-    Slot lanes{home.codec, {}};
-    each_plane(home, [&](int plane, int bytes) {
+  Slot fetch(const Slot& home, int64_t first, int count) {
+    Slot lanes = home;
+    each_plane(home, first, count, [&](int plane, int64_t offset, int bytes) {
       lanes.planes[plane] = lanes_[plane];
-      if (!which.offsets) {
-        memcpy(lanes_[plane], home.planes[plane] + which.first * bytes, which.count * bytes);
-      } else if (bytes == 4) {
-        gather<uint32_t>(lanes_[plane], home.planes[plane], which);
-      } else {
-        gather<uint16_t>(lanes_[plane], home.planes[plane], which);
-      }
+      memcpy(lanes_[plane], home.planes[plane] + offset, bytes);
     });
     return lanes;
   }
 
-  void put_back(const Slot& home, const Elements& which) const {
-    each_plane(home, [&](int plane, int bytes) {
-      if (!which.offsets) {
-        memcpy(home.planes[plane] + which.first * bytes, lanes_[plane], which.count * bytes);
-      } else if (bytes == 4) {
-        scatter<uint32_t>(home.planes[plane], lanes_[plane], which);
-      } else {
-        scatter<uint16_t>(home.planes[plane], lanes_[plane], which);
-      }
+  void put_back(const Slot& home, int64_t first, int count) const {
+    each_plane(home, first, count, [&](int plane, int64_t offset, int bytes) {
+      memcpy(home.planes[plane] + offset, lanes_[plane], bytes);
     });
   }
 
  private:
   template <class Visit>
-  static void each_plane(const Slot& home, Visit visit) {
+  static void each_plane(const Slot& home, int64_t first, int count, Visit visit) {
     with_codec(home.codec, [&](auto codec) {
-      for (int plane = 0; plane < codec.planes; ++plane) visit(plane, codec.bytes(plane));
+      for (int plane = 0; plane < (codec.block == 1 ? codec.planes : 1); ++plane) {
+        int bits = codec.bits(plane);
+        visit(plane, first * bits / 8, (count * bits + 7) / 8);
+      }
     });
   }
 

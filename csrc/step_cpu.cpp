@@ -1,33 +1,18 @@
 // A step and a sum of squares over a range of elements, compiled once per instruction set (FO_ISA).
+#include "chunk.h"
 #include "isa.h"
-#include "stage.h"
 
 namespace {
 
 using namespace fo;
 
-// The LANES elements from i on.
-struct Lanes {
-  char* const* planes;
-  int64_t i;
-
-  template <class T>
-  FO_INLINE Pack<T> get(int plane) const {
-    return ::load<T>(planes[plane] + i * static_cast<int64_t>(sizeof(T)));
-  }
-  template <class T>
-  FO_INLINE void put(int plane, Pack<T> x) const {
-    ::store(planes[plane] + i * static_cast<int64_t>(sizeof(T)), x);
-  }
-};
-
-// A slot whose codec is known at run time only: one switch per vector, and values stay in registers.
-struct Any : Slot {
+// A slot of a plain codec, known at run time only: one switch per vector, and values stay in registers.
+struct Plain : Slot {
   FO_INLINE F load(int64_t i) const {
-    return with_codec(codec, [&](auto c) FO_LAMBDA { return c.decode(Lanes{planes, i}); });
+    return with_plain(codec, [&](auto c) FO_LAMBDA { return c.decode(Lanes{planes, i}); });
   }
   FO_INLINE void store(int64_t i, F x) const {
-    with_codec(codec, [&](auto c) FO_LAMBDA { c.encode(x, Lanes{planes, i}); });
+    with_plain(codec, [&](auto c) FO_LAMBDA { c.encode(x, Lanes{planes, i}); });
   }
 };
 
@@ -35,11 +20,16 @@ struct Any : Slot {
 #define FO_EACH_SLOT _Pragma("GCC unroll 8") for (int slot = 0; slot < Rule::slots; ++slot)
 
 // Everything a rule reads and writes of one tensor.
-template <class Rule, class Param = Any, class Grad = Any, class State = Any>
+template <class Rule>
 struct Slots {
-  Param param;
-  Grad grad;
-  State states[Rule::slots + (Rule::slots == 0)];
+  Plain param, grad, states[Rule::slots + (Rule::slots == 0)];
+
+  // Calls visit(slot, number) for what a step writes.
+  template <class Visit>
+  FO_INLINE void each_written(Visit visit) {
+    visit(param, 0);
+    FO_EACH_SLOT visit(states[slot], 1 + slot);
+  }
 
   // Full vectors of elements [begin, end).
   FO_INLINE void update(Rule rule, F g_scale, int64_t begin, int64_t end) const {
@@ -52,19 +42,19 @@ struct Slots {
     }
   }
 
-  // Up to LANES elements that do not fill a vector in memory.
-  void update_staged(const Rule& rule, F g_scale, const Elements& in_param, const Elements& in_states,
-                     const Elements& in_grad) const {
-    Stage param_lanes, grad_lanes, state_lanes[Rule::slots + 1];
-    Slots<Rule> lanes;
-    lanes.param = Any{param_lanes.fetch(param, in_param)};
-    lanes.grad = Any{grad_lanes.fetch(grad, in_grad)};
-    for (int slot = 0; slot < Rule::slots; ++slot) {
-      lanes.states[slot] = Any{state_lanes[slot].fetch(states[slot], in_states)};
-    }
+  // Elements [begin, end), of which the last ones do not fill a vector in memory.
+  void update_all(const Rule& rule, F g_scale, int64_t begin, int64_t end) {
+    int64_t full = end - (end - begin) % LANES;
+    update(rule, g_scale, begin, full);
+    if (full == end) return;
+    Stage stages[Rule::slots + 2];
+    int count = static_cast<int>(end - full);
+    Slots lanes;
+    lanes.grad = Plain{stages[Rule::slots + 1].fetch(grad, full, count)};
+    lanes.param = Plain{stages[0].fetch(param, full, count)};
+    FO_EACH_SLOT lanes.states[slot] = Plain{stages[1 + slot].fetch(states[slot], full, count)};
     lanes.update(rule, g_scale, 0, LANES);
-    param_lanes.put_back(param, in_param);
-    for (int slot = 0; slot < Rule::slots; ++slot) state_lanes[slot].put_back(states[slot], in_states);
+    each_written([&](const Slot& slot, int number) { stages[number].put_back(slot, full, count); });
   }
 };
 
@@ -72,35 +62,64 @@ template <class Rule>
 Slots<Rule> slots_of(const Step& step, int64_t tensor) {
   Slots<Rule> slots;
   int column = HEADER;
-  slots.param = Any{take(step.codecs[0], step.table, tensor, column)};
-  for (int slot = 0; slot < Rule::slots; ++slot) {
-    slots.states[slot] = Any{take(step.codecs[2 + slot], step.table, tensor, column)};
-  }
-  slots.grad = Any{take(step.codecs[1], step.table, tensor, column)};
+  slots.param = Plain{take(step.codecs[0], step.table, tensor, column)};
+  FO_EACH_SLOT slots.states[slot] = Plain{take(step.codecs[2 + slot], step.table, tensor, column)};
+  slots.grad = Plain{take(step.codecs[1], step.table, tensor, column)};
   return slots;
 }
 
+// Elements of a tensor that are not all in plain codecs, or strided: CHUNK of them at a time.
 template <class Rule>
-void update_dense(const Slots<Rule>& slots, const Rule& rule, F g_scale, int64_t begin, int64_t end) {
-  int64_t full = end - (end - begin) % LANES;
-  slots.update(rule, g_scale, begin, full);
-  if (full < end) {
-    Elements rest{static_cast<int>(end - full), full};
-    slots.update_staged(rule, g_scale, rest, rest, rest);
+class Chunk {
+ public:
+  Chunk(const Slots<Rule>& home, int64_t first, int count) : first_(first), count_(count), slots_(home) {
+    slots_.grad = Plain{from_element(home.grad, first)};
+    slots_.each_written([&](Slot& slot, int) { slot = from_element(slot, first); });
   }
-}
 
-template <class Rule>
-void update_strided(const Slots<Rule>& slots, const Rule& rule, F g_scale, Layout layout, int64_t begin,
-                    int64_t end) {
-  Odometer odometer(layout, begin);
-  int64_t in_param[LANES], in_grad[LANES];
-  for (int64_t i = begin; i < end; i += LANES) {
-    int count = end - i < LANES ? static_cast<int>(end - i) : LANES;
-    odometer.take(count, in_param, in_grad);
-    slots.update_staged(rule, g_scale, {count, 0, in_param}, {count, i}, {count, 0, in_grad});
+  void update(const Rule& rule, F g_scale, Stream stream) {
+    Slots<Rule> plain = slots_;
+    plain.each_written([&](Slot& slot, int number) {
+      if (slot.codec < PLAIN_COUNT) return;
+      decode(slot, count_, values_[number]);
+      slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
+    });
+    plain.update_all(rule, g_scale, 0, count_);
+    slots_.each_written([&](const Slot& slot, int number) {
+      stream.slot = static_cast<uint32_t>(number);
+      if (slot.codec >= PLAIN_COUNT) encode(slot, count_, values_[number], stream, first_);
+    });
   }
-}
+
+  // The same for a parameter and gradient with strides, whose elements are copied side by side.
+  void update_strided(const Rule& rule, F g_scale, Stream stream, const Slots<Rule>& home,
+                      Odometer odometer) {
+    Odometer back = odometer;
+    int bytes = bytes_of(home.param), grad_bytes = bytes_of(home.grad);
+    for (int i = 0; i < count_; ++i, odometer.advance()) {
+      copy_entry(param_ + i * bytes, home.param.planes[0] + odometer.param() * bytes, bytes);
+      copy_entry(grad_ + i * grad_bytes, home.grad.planes[0] + odometer.grad() * grad_bytes, grad_bytes);
+    }
+    slots_.param.planes[0] = param_;
+    slots_.grad.planes[0] = grad_;
+    update(rule, g_scale, stream);
+    for (int i = 0; i < count_; ++i, back.advance()) {
+      copy_entry(home.param.planes[0] + back.param() * bytes, param_ + i * bytes, bytes);
+    }
+  }
+
+ private:
+  static int bytes_of(const Slot& slot) {
+    return with_codec(slot.codec, [](auto c) { return c.bits(0) / 8; });
+  }
+
+  int64_t first_;
+  int count_;
+  Slots<Rule> slots_;
+  // One more vector than a chunk, so that two buffers do not lie at the same place of their pages.
+  alignas(64) float values_[Rule::slots + 1][CHUNK + LANES];
+  alignas(64) char param_[CHUNK * 4], grad_[CHUNK * 4];
+};
 
 // Elements [begin, end) of one tensor.
 template <class Rule>
@@ -110,11 +129,19 @@ void update(const Step& step, int64_t tensor, int64_t begin, int64_t end) {
   auto slots = slots_of<Rule>(step, tensor);
   auto rule = with_scalars<Rule>(row + SCALARS);
   F g_scale = row[G_SCALE];
-  if (step.layouts) {
-    Layout layout{step.layouts + step.table.at(LAYOUT, tensor) * LAYOUT_LENGTH};
-    update_strided(slots, rule, g_scale, layout, begin, end);
-  } else {
-    update_dense(slots, rule, g_scale, begin, end);
+  bool plain = true;
+  slots.each_written([&](const Slot& slot, int) { plain = plain && slot.codec < PLAIN_COUNT; });
+  if (plain && !step.layouts) return slots.update_all(rule, g_scale, begin, end);
+  Stream stream{0, 0, static_cast<uint32_t>(step.table.at(ORDINAL, tensor)), 0};
+  memcpy(&stream.seed, row + SEED, 4), memcpy(&stream.step, row + fo::STEP, 4);
+  for (int64_t first = begin; first < end; first += CHUNK) {
+    Chunk<Rule> chunk(slots, first, static_cast<int>(end - first < CHUNK ? end - first : CHUNK));
+    if (step.layouts) {
+      Layout layout{step.layouts + step.table.at(LAYOUT, tensor) * LAYOUT_LENGTH};
+      chunk.update_strided(rule, g_scale, stream, slots, Odometer(layout, first));
+    } else {
+      chunk.update(rule, g_scale, stream);
+    }
   }
 }
 
@@ -170,25 +197,26 @@ struct LaneSums {
 
 double square_sum(const Gradients& gradients, int64_t tensor, int64_t begin, int64_t end) {
   int column = gradients.column;
-  Any grad{take(gradients.codec, gradients.table, tensor, column)};
+  Plain grad{take(gradients.codec, gradients.table, tensor, column)};
   LaneSums sums;
-  auto add_staged = [&](const Elements& which) {
-    Stage lanes;
-    sums.add_squares(Any{lanes.fetch(grad, which)}.load(0));
-  };
   if (gradients.layouts) {
     Odometer odometer({gradients.layouts + gradients.table.at(LAYOUT, tensor) * LAYOUT_LENGTH}, begin);
-    int64_t in_param[LANES], in_grad[LANES];
+    int bytes = with_plain(grad.codec, [](auto c) { return c.bits(0) / 8; });
     for (int64_t i = begin; i < end; i += LANES) {
-      int count = end - i < LANES ? static_cast<int>(end - i) : LANES;
-      odometer.take(count, in_param, in_grad);
-      add_staged({count, 0, in_grad});
+      alignas(64) char side_by_side[LANES * 4] = {};
+      for (int lane = 0; lane < LANES && i + lane < end; ++lane, odometer.advance()) {
+        copy_entry(side_by_side + lane * bytes, grad.planes[0] + odometer.grad() * bytes, bytes);
+      }
+      sums.add_squares(Plain{Slot{grad.codec, {side_by_side}, nullptr}}.load(0));
     }
     return sums.total();
   }
   int64_t full = end - (end - begin) % LANES;
   for (int64_t i = begin; i < full; i += LANES) sums.add_squares(grad.load(i));
-  if (full < end) add_staged({static_cast<int>(end - full), full});
+  if (full < end) {
+    Stage rest;
+    sums.add_squares(Plain{rest.fetch(grad, full, static_cast<int>(end - full))}.load(0));
+  }
   return sums.total();
 }
 

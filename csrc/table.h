@@ -10,10 +10,11 @@ namespace fo {
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
 constexpr int ABI = 2;
 
-// Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient.
+// Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a
+// codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters.
 enum Column { NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER };
 
-// Words of a row, SEED and STEP being integers; the rule's scalars follow.
+// Floats of a row, SEED and STEP being bit patterns of integers; the rule's scalars follow.
 enum RowEntry { ACTIVE, G_SCALE, SEED, STEP, SCALARS };
 
 struct Table {

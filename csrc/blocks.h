@@ -1,0 +1,138 @@
+// Block codecs: codes of 8 or 4 bits in plane 0, one scale for `block` neighbouring values in plane 1.
+//
+// A driver encodes a block x like this, and F may hold one value or several:
+//   top = the largest magnitude(x); positive = the largest as_bits(x) as a signed number;
+//   Scaling<Codec> scaling(top, positive); scaling.scale, rounded already, goes to plane 1;
+//   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
+// It decodes Codec::value(code, lookup) * scale. In a short block, missing values count as zeros. `lookup` is
+// the table whose address follows those of the planes if the codec has one (lookup.h). Of two codes of 4 bits
+// the lower one belongs to the even index; the upper one without a value is 0.
+#pragma once
+
+#include "lookup.h"
+#include "pack.h"
+
+namespace {
+
+struct InBlocks {
+  static constexpr int planes = 2;
+  static constexpr bool lookup = false;
+  static constexpr bool random = false;
+  // Whether the scale has the sign of the value of largest magnitude, so that this value is exact.
+  static constexpr bool signed_scale = false;
+};
+
+template <int BLOCK, int CODE_BITS, int SCALE_BITS>
+struct BlocksOf : InBlocks {
+  static constexpr int block = BLOCK;
+  static constexpr FO_ANYWHERE int bits(int plane) { return plane == 0 ? CODE_BITS : SCALE_BITS; }
+};
+
+// A block's scale and what its values are multiplied with: a scale of 0, infinity or NaN leaves zeros.
+template <class Codec>
+struct Scaling {
+  F scale, inverse;
+  U alive;
+
+  // Of a block whose scale is written already.
+  FO_INLINE Scaling(F inverse, U alive) : inverse(inverse), alive(alive) {}
+  FO_INLINE Scaling(U top, U positive) {
+    U smallest_normal(0x00800000u), infinity(0x7f800000u);
+    F most = as_float(select(above(smallest_normal, top), U(0u), top));
+    scale = Codec::bits(1) == 16 ? bfloat_to_float(float_to_bfloat(most)) : most;
+    U size = as_bits(scale);
+    alive = select(above(size, U(0u)), select(above(infinity, size), U(~0u), U(0u)), U(0u));
+    if (Codec::signed_scale) scale = as_float(size | select(above(top, positive), U(0x80000000u), U(0u)));
+    inverse = F(1.0f) / as_float(select(above(size, U(0u)), as_bits(scale), as_bits(F(1.0f))));
+  }
+  FO_INLINE F normalised(F x) const { return as_float(as_bits(x * inverse) & alive); }
+};
+
+// The 8-bit dynamic map of Dettmers et al.
+struct int8 : BlocksOf<256, 8, 32> {
+  static constexpr bool lookup = true;
+
+  static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
+  static FO_INLINE U code(F n, const char* table) {
+    U index = nearest<true>(as_float(magnitude(n)), table);
+    return select(n < F(0.0f), U(127u) - at_most(index, U(127u)), U(127u) + index);
+  }
+};
+
+struct int8_unsigned : BlocksOf<256, 8, 32> {
+  static constexpr bool lookup = true;
+
+  static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
+  static FO_INLINE U code(F n, const char* table) {
+    F positive = select(n > F(0.0f), n, F(0.0f));
+    return code_above_zero(n, nearest<false>(positive, table));
+  }
+};
+
+// Even steps of n / (1 + |n|), which is steeper near zero.
+struct int8_companded : BlocksOf<64, 8, 16> {
+  static FO_INLINE F value(U code, const char*) {
+    U q = sign_extend(code, 8);
+    U size = select(above(U(0u), q), U(0u) - q, q);
+    return to_float(q) / to_float(U(254u) - size);
+  }
+  static FO_INLINE U code(F n, const char*) {
+    U q = round_to_integer(F(254.0f) * n / (F(1.0f) + as_float(magnitude(n))));
+    return at_least(at_most(q, U(127u)), U(0u) - U(127u)) & U(0xffu);
+  }
+};
+
+// Even steps of the square root.
+struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
+  static FO_INLINE F value(U code, const char*) {
+    F q = to_float(code);
+    return q * q * F(1.0f / 65025.0f);
+  }
+  static FO_INLINE U code(F n, const char*) {
+    F positive = select(n > F(0.0f), n, F(0.0f));
+    return code_above_zero(n, at_most(round_to_integer(F(255.0f) * sqrt(positive)), U(255u)));
+  }
+};
+
+// Floats of 4 exponent and 3 mantissa bits; the largest one, 448, stands for the scale.
+struct fp8 : BlocksOf<256, 8, 32> {
+  static FO_INLINE F value(U code, const char*) { return e4m3_to_float(code) * F(1.0f / 448.0f); }
+  static FO_INLINE U code(F n, const char*) { return float_to_e4m3(n * F(448.0f)); }
+};
+
+struct fp8_unsigned : fp8 {
+  static FO_INLINE U code(F n, const char*) {
+    F positive = select(n > F(0.0f), n, F(0.0f));
+    return code_above_zero(n, float_to_e4m3(positive * F(448.0f)));
+  }
+};
+
+// A dynamic map of 16 values.
+struct int4 : BlocksOf<128, 4, 32> {
+  static constexpr bool signed_scale = true;
+
+  static FO_INLINE F value(U code, const char*) { return pick(four_bit_values, code); }
+  static FO_INLINE U code(F n, const char*) {
+    // A value between two neighbours belongs to the lower one, so a negative value to that of larger size.
+    U size = magnitude(n) + (as_bits(n) >> 31), index(0u);
+    FO_UNROLL for (int i = 0; i < 8; ++i) {
+      index = select(above(size, as_bits(F(four_bit_middles[i]))), index + 1u, index);
+    }
+    return select(n < F(0.0f), U(7u) - at_most(index, U(7u)), U(7u) + index);
+  }
+};
+
+// Even steps of the fourth root, without zero.
+struct int4_unsigned : BlocksOf<128, 4, 32> {
+  static FO_INLINE F value(U code, const char*) {
+    F root = to_float(code + 1u), square = root * root;
+    return square * square * F(1.0f / 65536.0f);
+  }
+  static FO_INLINE U code(F n, const char*) {
+    F positive = select(n > F(0.0f), n, F(0.0f));
+    U root = round_to_integer(F(16.0f) * sqrt(sqrt(positive)));
+    return at_least(at_most(root, U(16u)), U(1u)) - 1u;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,180 @@
+// Codecs that are not plain, a chunk of neighbouring elements at a time: from memory to floats in a buffer
+// that stays in the first cache, and back. One switch per chunk, and constants stay in registers.
+#pragma once
+
+#include "random.h"
+#include "stage.h"
+
+namespace {
+
+// Blocks lie within a chunk, and the scales of a chunk's blocks fill at most one vector.
+constexpr int CHUNK = 1024;
+
+// The LANES elements from i on.
+struct Lanes {
+  char* const* planes;
+  int64_t i;
+  const uint16_t* random_bits = nullptr;
+
+  template <class T>
+  FO_INLINE Pack<T> get(int plane) const {
+    return ::load<T>(planes[plane] + i * static_cast<int64_t>(sizeof(T)));
+  }
+  template <class T>
+  FO_INLINE void put(int plane, Pack<T> x) const {
+    ::store(planes[plane] + i * static_cast<int64_t>(sizeof(T)), x);
+  }
+  FO_INLINE U random() const { return widen(::load<uint16_t>(random_bits + i)); }
+};
+
+// The same slot from element `first` on.
+inline Slot from_element(Slot slot, int64_t first) {
+  with_codec(slot.codec, [&](auto c) {
+    for (int plane = 0; plane < c.planes; ++plane) {
+      slot.planes[plane] += (plane == 0 ? first : first / c.block) * c.bits(plane) / 8;
+    }
+  });
+  return slot;
+}
+
+template <int BITS>
+FO_INLINE U get_codes(const char* codes, int i) {
+  return widen(BITS == 4 ? load_halves(codes + i / 2) : ::load<uint8_t>(codes + i));
+}
+template <int BITS>
+FO_INLINE void put_codes(char* codes, int i, U x) {
+  if (BITS == 4) {
+    store_halves(codes + i / 2, low_byte(x));
+  } else {
+    ::store(codes + i, low_byte(x));
+  }
+}
+
+// Calls body(slot, at, i) for the vectors of elements [begin, end): `at` is where vector i is in the slot. If
+// memory ends within the last vector, that one is in a copy, which is put back if `written`.
+template <class Body>
+FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, Body body) {
+  int i = begin;
+  for (; i + LANES <= end; i += LANES) body(home, i, i);
+  if (i >= end) return;
+  Stage rest;
+  body(rest.fetch(home, i, end - i), 0, i);
+  if (written) rest.put_back(home, i, end - i);
+}
+
+template <class Codec>
+void decode_split(Codec c, const Slot& slot, int count, float* values) {
+  each_vector(slot, 0, count, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+    store(values + i, c.decode(Lanes{from.planes, at}));
+  });
+}
+
+template <class Codec>
+void encode_split(Codec c, const Slot& slot, int count, const float* values, const uint16_t* random) {
+  each_vector(slot, 0, count, true, [&](const Slot& to, int at, int i) FO_LAMBDA {
+    // `at` is 0 in a copy, where random bits still are those of element i.
+    c.encode(load<float>(values + i), Lanes{to.planes, at, random + (i - at)});
+  });
+}
+
+template <class Codec>
+float scale_at(const char* scales, int block) {
+  uint32_t bits = 0;
+  constexpr int bytes = Codec::bits(1) / 8;
+  memcpy(reinterpret_cast<char*>(&bits) + 4 - bytes, scales + block * bytes, bytes);
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return scale;
+}
+
+template <class Codec>
+void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
+  for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
+    int end = begin + c.block < count ? begin + c.block : count;
+    F scale(scale_at<Codec>(slot.planes[1], block));
+    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
+    });
+  }
+}
+
+// The largest magnitude of every block, as integers, and of its values that are not negative.
+template <class Codec>
+void find_tops(const float* values, int count, uint32_t* top, uint32_t* positive) {
+  for (int begin = 0; begin < count; begin += Codec::block) {
+    int end = begin + Codec::block < count ? begin + Codec::block : count;
+    // The zeros behind the last element are positive.
+    U most(0u), most_positive(end - begin < Codec::block ? 0u : 0x80000000u);
+    for (int i = begin; i < end; i += LANES) {
+      F x = load<float>(values + i);
+      most = at_least(most, magnitude(x));
+      if (Codec::signed_scale) most_positive = at_least(most_positive, as_bits(x));
+    }
+    *top++ = largest(most);
+    if (Codec::signed_scale) *positive++ = largest(most_positive);
+  }
+}
+
+template <class Codec>
+void put_scales(const Scaling<Codec>& scaling, char* scales, int blocks) {
+  if (Codec::bits(1) == 16) {
+    H narrowed = high_half(as_bits(scaling.scale));
+    memcpy(scales, &narrowed, blocks * 2);
+  } else {
+    memcpy(scales, &scaling.scale, blocks * 4);
+  }
+}
+
+// `values` go on with zeros to the end of a vector.
+template <class Codec>
+void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
+  alignas(64) uint32_t top[LANES] = {}, positive[LANES] = {}, alive[LANES];
+  alignas(64) float inverse[LANES];
+  find_tops<Codec>(values, count, top, positive);
+  Scaling<Codec> all(load<uint32_t>(top), load<uint32_t>(positive));
+  store(inverse, all.inverse), store(alive, all.alive);
+  put_scales(all, slot.planes[1], (count + c.block - 1) / c.block);
+  for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
+    int end = begin + c.block < count ? begin + c.block : count;
+    Scaling<Codec> scaling(F(inverse[block]), U(alive[block]));
+    auto encode = [&](char* codes, int at, int i) FO_LAMBDA {
+      F n = scaling.normalised(load<float>(values + i));
+      put_codes<c.bits(0)>(codes, at, c.code(n, slot.lookup));
+    };
+    int full = end - (end - begin) % LANES;
+    for (int i = begin; i < full; i += LANES) encode(slot.planes[0], i, i);
+    if (full < end) {
+      alignas(64) char codes[LANES];
+      encode(codes, 0, full);
+      int bits = (end - full) * c.bits(0);
+      if (bits % 8) codes[bits / 8] &= 15;
+      memcpy(slot.planes[0] + full * c.bits(0) / 8, codes, (bits + 7) / 8);
+    }
+  }
+}
+
+// From a slot that is not plain to `values`; the vector in which the slot ends is filled up.
+inline void decode(const Slot& slot, int count, float* values) {
+  if (slot.codec < ELEMENTWISE_COUNT) {
+    with_split(slot.codec, [&](auto c) { decode_split(c, slot, count, values); });
+  } else {
+    with_block(slot.codec, [&](auto c) { decode_blocks(c, slot, count, values); });
+  }
+}
+
+// Back again. `first` is the slot's first element in `stream`.
+inline void encode(const Slot& slot, int count, float* values, const Stream& stream, int64_t first) {
+  if (slot.codec < ELEMENTWISE_COUNT) {
+    with_split(slot.codec, [&](auto c) {
+      alignas(64) uint16_t random[c.random ? CHUNK : LANES];
+      if (c.random) stream.fill(first, count, random);
+      encode_split(c, slot, count, values, random);
+    });
+  } else {
+    // What a rule made of the lanes behind the last element must not count.
+    for (int i = count; i % LANES; ++i) values[i] = 0;
+    with_block(slot.codec, [&](auto c) { encode_blocks(c, slot, count, values); });
+  }
+}
+
+}  // namespace

@@ -173,9 +173,9 @@ def compile_kernel(job: Job) -> Any:
 
 def _traffic(
     accesses: list[Access], codecs: list[Codec], elements: float, strided: bool
-) -> tuple[float, float, float, float]:
-    """Bytes read and written, instructions for scales and for lookups: each per element."""
-    bytes_of, scales, gathered = [0.0, 0.0], 0, 0
+) -> tuple[float, float, float, float, tuple[int, ...]]:
+    """Bytes read and written, instructions for scales and lookups, each per element; widths of the others."""
+    bytes_of, scales, gathered, widths = [0.0, 0.0], 0, 0, set[int]()
     # Addresses are loaded in the order of the table, and registers numbered in the order of the loads.
     entries = sorted({a.table_entry or "" for a in accesses}, key=lambda name: (len(name), name))
     homes = [(c, plane) for c in codecs for plane in (*c.planes, *[None] * (c.lookup is not None))]
@@ -190,9 +190,10 @@ def _traffic(
             scales += 1
         else:
             bytes_of[access.store] += access.bytes
+            widths.add(access.bytes)
     per_scale = sum(p.bits / 8 / p.per for c in codecs for p in c.planes if c.block > 1 and p.per == c.block)
     read, written = (total / elements + per_scale for total in bytes_of)
-    return read, written, scales / elements, gathered / elements
+    return read, written, scales / elements, gathered / elements, tuple(sorted(widths))
 
 
 def report(job: Job) -> Report:
@@ -207,7 +208,7 @@ def report(job: Job) -> Report:
     shape = launch_shape(codecs)
     threads = 32 * shape.warps
     elements = (shape.chunk if job.strided else shape.tile) / threads
-    read, written, scales, gathered = _traffic(accesses, codecs, elements, job.strided)
+    read, written, scales, gathered, widths = _traffic(accesses, codecs, elements, job.strided)
     if job.rule is None:
         model, auto = (codecs[0].bytes_per_value, 0.0), "exact"
     else:
@@ -225,10 +226,11 @@ def report(job: Job) -> Report:
         scales=scales,
         gathered=gathered,
         model=model,
-        access=tuple(sorted({access.bytes for access in accesses})),
+        access=widths,
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
+        # Those with .ftz are the codecs' own, which correct an approximation (arithmetic.py).
         contracted=len(re.findall(r"\bfma\.rn\.f32", ptx)),
         approximate=len(re.findall(r"\b(?:(?:div|rcp|rsqrt)\.(?:approx|full)\.f32|sqrt\.approx)", ptx)),
         emitted=len(code) / elements,

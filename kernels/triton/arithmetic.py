@@ -78,7 +78,7 @@ def quotient(x, y):
     """``x / y`` for ``1 <= y <= 254`` and ``|x| <= 254.5``, rounded correctly unless it is below 2**-20.
 
     One correction of an approximate reciprocal that is within 2 ulp; the compiler's own division makes
-    two and branches for huge and tiny numbers. bench/proofs.py tries all that the codecs divide.
+    two and branches for huge and tiny numbers. tests/test_triton.py tries all that the codecs divide.
     """
     if INTERPRETED:
         return tl.div_rn(x, y)

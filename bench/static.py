@@ -250,7 +250,7 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Report]:
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
-        "kernel        parameter/states/gradient                            arithmetic  sm  read  written  access"
+        f"{'kernel':<14}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
         "  registers  emitted  executed   budget  used  auto"
     ]
     for r in reports:

@@ -96,7 +96,7 @@ def quotient(x, y):
 
 @triton.jit
 def root(x):
-    """The square root of ``2**-19 <= x < 1.01`` within an ulp, and such that the codecs round it correctly."""
+    """The square root of ``2**-19 <= x < 1.01`` within an ulp, near enough for the codecs' codes."""
     if INTERPRETED:
         return tl.sqrt_rn(x)
     else:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..lookup import GUESS_BASE as _GUESS_BASE
 from ..lookup import SIGNED_FOUR_BITS
-from .arithmetic import ROUNDER, bits_of, float_of, quotient, root, rounded, times
+from .arithmetic import bits_of, float_of, quotient, root, rounded, times
 
 _MAGNITUDES = np.array(SIGNED_FOUR_BITS, np.float32)[7:]
 _MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / np.float32(2)

@@ -69,10 +69,9 @@ def _write_scales(bits, plane, dense, SIZE: tl.constexpr, CODEC: tl.constexpr, S
 
 
 @triton.jit
-def _pairs(dense, SIZE: tl.constexpr, SPREAD: tl.constexpr):
-    """The place of bytes that hold two codes each."""
-    offs = offsets(SIZE // 2, 16 * SPREAD[0], SPREAD[1])
-    return dense[0] // 2, offs, None if dense[3] is None else 2 * offs < dense[3]
+def _pairs(SIZE: tl.constexpr, SPREAD: tl.constexpr):
+    """Offsets of the bytes that hold two codes each."""
+    return offsets(SIZE // 2, 16 * SPREAD[0], SPREAD[1])
 
 
 @triton.jit
@@ -113,7 +112,12 @@ def _write_codes(code, plane, dense, CODEC: tl.constexpr, SPREAD: tl.constexpr):
         if dense[2] is not None:
             code = tl.where(dense[2], code, 0)
         even, odd = tl.split(code.to(tl.uint8).reshape(SIZE // 2, 2))
-        write(plane, tl.uint8, _pairs(dense, SIZE, SPREAD), even | (odd << 4), SPREAD[0] // 2)
+        offs = _pairs(SIZE, SPREAD)
+        pair = even | (odd << 4)
+        if dense[3] is None:
+            write(plane, tl.uint8, (dense[0] // 2, offs, None), pair, SPREAD[0] // 2)
+        else:
+            write(plane, tl.uint8, (dense[0] // 2, offs, 2 * offs < dense[3]), pair, SPREAD[0] // 2)
     else:
         write(plane, tl.uint8, dense, code.to(tl.uint8), SPREAD[0])
 
@@ -123,7 +127,11 @@ def block_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
     dense = home[1]
     SIZE: tl.constexpr = dense[1].shape[0]
     if CODEC[6] == 2:
-        pair = read(planes[0], tl.uint8, _pairs(dense, SIZE, SPREAD), SPREAD[0] // 2)
+        offs = _pairs(SIZE, SPREAD)
+        if dense[3] is None:
+            pair = read(planes[0], tl.uint8, (dense[0] // 2, offs, None), SPREAD[0] // 2)
+        else:
+            pair = read(planes[0], tl.uint8, (dense[0] // 2, offs, 2 * offs < dense[3]), SPREAD[0] // 2)
         code = tl.join(pair & 15, pair >> 4).reshape(SIZE)
     else:
         code = read(planes[0], tl.uint8, dense, SPREAD[0])

@@ -21,7 +21,7 @@ CODEC_INSTRUCTIONS = {
     **{"int8": 36, "int8_unsigned": 30, "int8_companded": 33, "int8_companded_unsigned": 34},
     **{"fp8": 27, "fp8_unsigned": 32, "int4": 48, "int4_unsigned": 35},
 }
-"""Executed per element to decode and encode, beyond those of fp32; the rules' own figures include bf16 and fp16."""
+"""The same for decoding and encoding, beyond fp32; the rules' own figures include bf16 and fp16."""
 
 
 class Shape(NamedTuple):

@@ -84,7 +84,7 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
 
 
 def _sources(*parts: Any) -> str:
-    """A hash of the text of all functions among the parts and of all they call (the interpreter's have none)."""
+    """A hash of the text of functions among these and of all they call (the interpreter's have none)."""
     text = "".join(getattr(part, "cache_key", "") for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()
 

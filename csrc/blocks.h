@@ -4,8 +4,9 @@
 //   top = the largest magnitude(x) as an integer; positive = the same of the values that are not negative;
 //   Scaling<Codec> scaling(top, positive); scaling.scale goes to plane 1, rounded already;
 //   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
-// It decodes Codec::value(code, lookup) * scale. `lookup` is the table whose address follows those of the planes
-// if the codec has one (lookup.h). Half bytes: the code of the value with the even index is the lower one.
+// It decodes Codec::value(code, lookup) * scale. `lookup` is the table whose address follows those of the
+// planes if the codec has one (lookup.h). Half bytes: the code of the value with the even index is the lower
+// one.
 #pragma once
 
 #include "lookup.h"
@@ -27,7 +28,8 @@ struct BlocksOf : InBlocks {
   static constexpr FO_ANYWHERE int bits(int plane) { return plane == 0 ? CODE_BITS : SCALE_BITS; }
 };
 
-// A block's scale and what its values are multiplied with; scales that are 0, infinite or NaN leave codes of 0.
+// A block's scale and what its values are multiplied with; scales that are 0, infinite or NaN leave codes of
+// 0.
 template <class Codec>
 struct Scaling {
   F scale, inverse;
@@ -42,9 +44,9 @@ struct Scaling {
     U size = as_bits(scale);
     alive = select(above(size, U(0u)), select(above(infinity, size), U(~0u), U(0u)), U(0u));
     if (Codec::signed_scale) scale = as_float(size | select(above(top, positive), U(0x80000000u), U(0u)));
-    inverse = F(1.0f) / as_float(select(above(size, U(0u)), as_bits(scale), as_bits(F(1.0f))));
+    inverse = quotient(F(1.0f), as_float(select(above(size, U(0u)), as_bits(scale), as_bits(F(1.0f)))));
   }
-  FO_INLINE F normalised(F x) const { return as_float(as_bits(x * inverse) & alive); }
+  FO_INLINE F normalised(F x) const { return as_float(as_bits(product(x, inverse)) & alive); }
 };
 
 // The 8-bit dynamic map of Dettmers et al.
@@ -73,10 +75,11 @@ struct int8_companded : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
     U q = sign_extend(code, 8);
     U size = select(above(U(0u), q), U(0u) - q, q);
-    return to_float(q) / to_float(U(254u) - size);
+    return quotient(to_float(q), to_float(U(254u) - size));
   }
   static FO_INLINE U code(F n, const char*) {
-    U q = round_to_integer(F(254.0f) * n / (F(1.0f) + as_float(magnitude(n))));
+    F size = as_float(magnitude(n));
+    U q = round_to_integer(quotient(product(F(254.0f), n), sum(F(1.0f), size)));
     return at_least(at_most(q, U(127u)), U(0u) - U(127u)) & U(0xffu);
   }
 };
@@ -85,24 +88,24 @@ struct int8_companded : BlocksOf<64, 8, 16> {
 struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
     F q = to_float(code);
-    return q * q * F(1.0f / 65025.0f);
+    return product(product(q, q), F(1.0f / 65025.0f));
   }
   static FO_INLINE U code(F n, const char*) {
     F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, at_most(round_to_integer(F(255.0f) * sqrt(positive)), U(255u)));
+    return code_above_zero(n, at_most(round_to_integer(product(F(255.0f), square_root(positive))), U(255u)));
   }
 };
 
 // Floats of 4 exponent and 3 mantissa bits; the largest one, 448, stands for the scale.
 struct fp8 : BlocksOf<256, 8, 32> {
-  static FO_INLINE F value(U code, const char*) { return e4m3_to_float(code) * F(1.0f / 448.0f); }
-  static FO_INLINE U code(F n, const char*) { return float_to_e4m3(n * F(448.0f)); }
+  static FO_INLINE F value(U code, const char*) { return product(e4m3_to_float(code), F(1.0f / 448.0f)); }
+  static FO_INLINE U code(F n, const char*) { return float_to_e4m3(product(n, F(448.0f))); }
 };
 
 struct fp8_unsigned : fp8 {
   static FO_INLINE U code(F n, const char*) {
     F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, float_to_e4m3(positive * F(448.0f)));
+    return code_above_zero(n, float_to_e4m3(product(positive, F(448.0f))));
   }
 };
 
@@ -125,12 +128,12 @@ struct int4 : BlocksOf<128, 4, 32> {
 // Even steps of the fourth root, without zero.
 struct int4_unsigned : BlocksOf<128, 4, 32> {
   static FO_INLINE F value(U code, const char*) {
-    F root = to_float(code + 1u), square = root * root;
-    return square * square * F(1.0f / 65536.0f);
+    F root = to_float(code + 1u), square = product(root, root);
+    return product(product(square, square), F(1.0f / 65536.0f));
   }
   static FO_INLINE U code(F n, const char*) {
     F positive = select(n > F(0.0f), n, F(0.0f));
-    U root = round_to_integer(F(16.0f) * sqrt(sqrt(positive)));
+    U root = round_to_integer(product(F(16.0f), square_root(square_root(positive))));
     return at_least(at_most(root, U(16u)), U(1u)) - 1u;
   }
 };

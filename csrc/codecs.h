@@ -1,8 +1,9 @@
 // How values live in memory. A codec is one struct and one word in FO_CODECS' lists.
 //
-// Plain and split codecs store every value for itself: `at.get<T>(plane)` reads the bits of the values at hand
-// from a plane, `at.put` writes them, `at.random()` is 16 random bits for each. Block codecs: blocks.h.
-// `bits(plane)` is what a value takes there. Encoding rounds to nearest, ties to even, if nothing else is said.
+// Plain and split codecs store every value for itself: `at.get<T>(plane)` reads the bits of the values at
+// hand from a plane, `at.put` writes them, `at.random()` is 16 random bits for each. Block codecs: blocks.h.
+// `bits(plane)` is what a value takes there. Encoding rounds to nearest, ties to even, if nothing else is
+// said.
 #pragma once
 
 #include "blocks.h"
@@ -76,7 +77,7 @@ struct bf16_kahan : EachForItself {
 
   template <class At>
   static FO_INLINE F decode(At at) {
-    return bfloat_to_float(at.template get<uint16_t>(0)) + bfloat_to_float(at.template get<uint16_t>(1));
+    return sum(bfloat_to_float(at.template get<uint16_t>(0)), bfloat_to_float(at.template get<uint16_t>(1)));
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
@@ -92,7 +93,7 @@ struct fp16_kahan : EachForItself {
 
   template <class At>
   static FO_INLINE F decode(At at) {
-    return half_to_float(at.template get<uint16_t>(0)) + half_to_float(at.template get<uint16_t>(1));
+    return sum(half_to_float(at.template get<uint16_t>(0)), half_to_float(at.template get<uint16_t>(1)));
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
@@ -144,9 +145,10 @@ struct bf16_split8 : EachForItself {
 #define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16)
 #define FO_SPLIT_CODECS(CODEC) \
   CODEC(bf16_sr) CODEC(bf16_kahan) CODEC(fp16_kahan) CODEC(bf16_split16) CODEC(bf16_split8)
-#define FO_BLOCK_CODECS(CODEC)                                                                   \
-  CODEC(int8) CODEC(int8_unsigned) CODEC(int8_companded) CODEC(int8_companded_unsigned) CODEC(fp8) \
-  CODEC(fp8_unsigned) CODEC(int4) CODEC(int4_unsigned)
+#define FO_BLOCK_CODECS(CODEC)                                                                             \
+  CODEC(int8)                                                                                              \
+  CODEC(int8_unsigned) CODEC(int8_companded) CODEC(int8_companded_unsigned) CODEC(fp8) CODEC(fp8_unsigned) \
+      CODEC(int4) CODEC(int4_unsigned)
 #define FO_CODECS(CODEC) FO_PLAIN_CODECS(CODEC) FO_SPLIT_CODECS(CODEC) FO_BLOCK_CODECS(CODEC)
 
 namespace {
@@ -179,6 +181,11 @@ FO_INLINE auto with_plain(int id, Visit visit) {
 template <class Visit>
 FO_INLINE auto with_split(int id, Visit visit) {
   switch (id) { FO_SPLIT_CODECS(FO_CASE) }
+  __builtin_unreachable();
+}
+template <class Visit>
+FO_INLINE auto with_elementwise(int id, Visit visit) {
+  switch (id) { FO_PLAIN_CODECS(FO_CASE) FO_SPLIT_CODECS(FO_CASE) }
   __builtin_unreachable();
 }
 template <class Visit>

@@ -34,6 +34,14 @@ FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
 FO_INLINE U sign_extend(U x, int bits) {
   return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
 }
+// Of the lower half of a.
+FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return static_cast<uint64_t>(static_cast<U>(a)) * b; }
+// In the fast arithmetic a written a * b may become part of another operation, and a / b an approximation.
+FO_INLINE F product(F a, F b) { return __fmul_rn(a, b); }
+FO_INLINE F sum(F a, F b) { return __fadd_rn(a, b); }
+FO_INLINE F difference(F a, F b) { return __fsub_rn(a, b); }
+FO_INLINE F quotient(F a, F b) { return __fdiv_rn(a, b); }
+FO_INLINE F square_root(F x) { return __fsqrt_rn(x); }
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
 FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
@@ -205,6 +213,12 @@ FO_INLINE F sqrt(F x) {
   return x;
 }
 
+FO_INLINE F product(F a, F b) { return a * b; }
+FO_INLINE F sum(F a, F b) { return a + b; }
+FO_INLINE F difference(F a, F b) { return a - b; }
+FO_INLINE F quotient(F a, F b) { return a / b; }
+FO_INLINE F square_root(F x) { return sqrt(x); }
+
 // Not AVX-512's own conversion: that one takes denormals for zero.
 FO_INLINE H float_to_bfloat(F x) {
   U bits = as_bits(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -271,13 +285,13 @@ FO_INLINE U at_least(U x, U limit) { return select(above(limit, x), limit, x); }
 FO_INLINE F bfloat_to_float(H x) { return as_float(widen(x) << 16); }
 // What is left of x when it is rounded, if that is finite.
 FO_INLINE F cut_off(F x, F rounded) {
-  return select(above(U(0x7f800000u), magnitude(rounded)), x - rounded, F(0.0f));
+  return select(above(U(0x7f800000u), magnitude(rounded)), difference(x, rounded), F(0.0f));
 }
 
 // 8-bit floats with 4 exponent bits, without infinities, in the lowest bits. Not more than 448 is converted.
 FO_INLINE F e4m3_to_float(U bits) {
   U sign = (bits & 0x80u) << 24, size = bits & 0x7fu;
-  U normal = (size << 20) + 0x3c000000u, denormal = as_bits(to_float(size) * F(0x1p-9f));
+  U normal = (size << 20) + 0x3c000000u, denormal = as_bits(product(to_float(size), F(0x1p-9f)));
   U finite = select(above(U(8u), size), denormal, normal);
   return as_float(select(above(size, U(0x7eu)), U(0x7fc00000u), finite) | sign);
 }
@@ -285,7 +299,7 @@ FO_INLINE U float_to_e4m3(F x) {
   U sign = (as_bits(x) >> 24) & 0x80u, size = at_most(magnitude(x), U(0x43e00000u));
   U normal = (size - 0x3c000000u + 0x7ffffu + ((size >> 20) & 1u)) >> 20;
   // One denormal is the spacing of floats at 2^14, so the addition rounds to it.
-  U denormal = as_bits(as_float(size) + F(0x1p14f)) - 0x46800000u;
+  U denormal = as_bits(sum(as_float(size), F(0x1p14f))) - 0x46800000u;
   return select(above(U(0x3c800000u), size), denormal, normal) | sign;
 }
 

@@ -44,6 +44,8 @@ def handle(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "-fPIC",
         "-w",
         f"-I{Path(__file__).parent}/cuda_on_cpu",
+        "-include",
+        "cuda_runtime.h",
     ]
     sources = {"exact": ("step_cuda", "1"), "fast": ("step_cuda", "0"), "rest": ("cuda", "1")}
 

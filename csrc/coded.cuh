@@ -1,0 +1,264 @@
+// Slots of any codec on a GPU: 8 elements to a thread, neighbours where a block or a random number is shared,
+// so that a warp has whole blocks. The end of a tensor, misaligned and strided tensors differ in their
+// accesses only.
+#pragma once
+
+#include "philox.h"
+#include "registers.cuh"
+
+namespace {
+
+constexpr int EIGHT = 8;
+
+// The planes of a codec, for a kernel that learns of it when it runs.
+struct Storage {
+  int32_t codec, column;
+  // Of a value in each plane; in plane 1 nothing if there is none, or of a scale.
+  int32_t bits[2];
+  // Elements to a scale, as a power of two.
+  int32_t block_shift;
+  bool lookup, random;
+};
+
+template <class Codec>
+constexpr Storage storage_of(int32_t id) {
+  Storage storage{id,           0, {Codec::bits(0), Codec::planes > 1 ? Codec::bits(1) : 0}, 0, Codec::lookup,
+                  Codec::random};
+  while (Codec::block >> storage.block_shift > 1) ++storage.block_shift;
+  return storage;
+}
+#define FO_STORAGE(codec) storage_of<codec>(id_##codec),
+constexpr Storage storages[] = {FO_CODECS(FO_STORAGE)};
+#undef FO_STORAGE
+
+FO_INLINE Slot take(const Storage& storage, const fo::Table& table, int64_t tensor) {
+  Slot slot{storage.codec, {table.plane(storage.column, tensor)}, nullptr};
+  if (storage.bits[1]) slot.planes[1] = table.plane(storage.column + 1, tensor);
+  if (storage.lookup) slot.lookup = table.plane(storage.column + 2, tensor);
+  return slot;
+}
+
+// The elements of a thread: in vectors two groups of four, `gap` apart, else `count` neighbours.
+struct Place {
+  int64_t first, gap;
+  int count;
+  bool vectors;
+  // Of a strided tensor.
+  const int64_t* layout;
+};
+
+// Entries of 1, 2 or 4 bytes side by side in words, and one to a word.
+FO_INLINE void pack(const uint32_t* entries, int bytes, uint32_t* words) {
+#pragma unroll
+  for (int i = 0; i < EIGHT; ++i) {
+    if (bytes == 4) words[i] = entries[i];
+    if (bytes == 2 && i < 4) words[i] = entries[2 * i] | entries[2 * i + 1] << 16;
+    if (bytes == 1 && i < 2) {
+      words[i] =
+          entries[4 * i] | entries[4 * i + 1] << 8 | entries[4 * i + 2] << 16 | entries[4 * i + 3] << 24;
+    }
+  }
+}
+FO_INLINE void unpack(const uint32_t* words, int bytes, uint32_t* entries) {
+#pragma unroll
+  for (int i = 0; i < EIGHT; ++i) {
+    entries[i] = bytes == 4 ? words[i] : bytes == 2 ? words[i / 2] >> i % 2 * 16 : words[i / 4] >> i % 4 * 8;
+  }
+}
+
+// One entry of a plane. The upper bits of what is put may be anything.
+template <Direction direction>
+FO_INLINE void move_entry(char* memory, int bytes, uint32_t* entry) {
+  if (direction == FETCH) *entry = 0;
+  if (bytes == 4) {
+    move<direction, uint32_t>(memory, entry);
+  } else if (bytes == 2) {
+    move<direction, uint16_t>(memory, entry);
+  } else {
+    move<direction, uint8_t>(memory, entry);
+  }
+}
+
+// `count` entries from element `first` on. The loop turns the entries round, because a register has no index.
+template <Direction direction>
+FO_INLINE void move_entries(char* plane, int bytes, int64_t first, int count, const int64_t* layout,
+                            const int64_t* strides, uint32_t* words) {
+  uint32_t entries[EIGHT] = {};
+  if (direction == PUT) unpack(words, bytes, entries);
+#pragma unroll 1
+  for (int i = 0; i < EIGHT; ++i) {
+    uint32_t entry = entries[0];
+    if (i < count) {
+      int64_t at = strides ? offset(fo::Layout{layout}, strides, first + i) : first + i;
+      move_entry<direction>(plane + at * bytes, bytes, &entry);
+    }
+#pragma unroll
+    for (int k = 1; k < EIGHT; ++k) entries[k - 1] = entries[k];
+    entries[EIGHT - 1] = entry;
+  }
+  if (direction == FETCH) pack(entries, bytes, words);
+}
+
+// A plane of entries of `bits`, of which an element has one; two of 4 bits share a byte.
+template <Direction direction>
+FO_INLINE void move(char* plane, int bits, const Place& place, const int64_t* strides, uint32_t* words) {
+  if (!place.vectors) {
+    int shared = bits == 4;
+    return move_entries<direction>(plane, shared ? 1 : bits / 8, place.first >> shared,
+                                   (place.count + shared) >> shared, place.layout, strides, words);
+  }
+  char *here = plane + place.first * bits / 8, *there = here + place.gap * bits / 8;
+  if (bits == 32) {
+    move<direction, uint4>(here, words);
+    move<direction, uint4>(there, words + 4);
+  } else if (bits == 4) {
+    move<direction, uint32_t>(here, words);
+  } else if (place.gap == 4) {
+    if (bits == 16) move<direction, uint4>(here, words);
+    if (bits == 8) move<direction, uint2>(here, words);
+  } else if (bits == 16) {
+    move<direction, uint2>(here, words);
+    move<direction, uint2>(there, words + 2);
+  } else {
+    move<direction, uint32_t>(here, words);
+    move<direction, uint32_t>(there, words + 1);
+  }
+}
+
+// All planes. The second one, or a block's scale, begins at word 4; `strides` are those of the first.
+template <Direction direction>
+FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const int64_t* strides,
+                    Words<EIGHT>& words) {
+  move<direction>(slot.planes[0], storage.bits[0], place, strides, words.word);
+  if (storage.bits[1] == 0) return;
+  if (storage.block_shift == 0) {
+    return move<direction>(slot.planes[1], storage.bits[1], place, nullptr, words.word + 4);
+  }
+  bool first_of_block = (place.first & ((1 << storage.block_shift) - 1)) == 0;
+  if (place.count > 0 && (direction == FETCH || first_of_block)) {
+    int bytes = storage.bits[1] / 8;
+    move_entry<direction>(slot.planes[1] + (place.first >> storage.block_shift) * bytes, bytes,
+                          words.word + 4);
+  }
+}
+
+// Where a parameter's random numbers begin.
+struct Stream {
+  uint32_t seed, step, ordinal;
+};
+
+// An element of a codec that stores every value for itself, with random bits of its own.
+template <class Codec>
+struct RandomElement : Element<Codec, EIGHT> {
+  const uint64_t* drawn;
+
+  FO_INLINE U random() const {
+    return static_cast<U>(drawn[this->element / 2]) >> this->element % 2 * 16 & 0xffff;
+  }
+};
+
+template <class Codec>
+FO_INLINE void encode_each(const Place& place, const Stream& stream, uint32_t slot, const F* x,
+                           Words<EIGHT>& words) {
+  uint64_t eighth = static_cast<uint64_t>(place.first) / EIGHT;
+  uint64_t drawn[] = {eighth, eighth >> 32, stream.ordinal, slot};
+  if (Codec::random) philox(drawn, stream.seed, stream.step);
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) Codec::encode(x[e], RandomElement<Codec>{{words, e}, drawn});
+}
+
+// Over the lanes that hold one block.
+template <int LANES>
+FO_INLINE uint32_t largest(uint32_t x) {
+  if (LANES == 32) return __reduce_max_sync(~0u, x);
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
+    uint32_t other = __shfl_xor_sync(~0u, x, distance);
+    x = x > other ? x : other;
+  }
+  return x;
+}
+
+// Every thread of the warp must be here.
+template <class Codec>
+FO_INLINE Scaling<Codec> scaling_of(const F* x) {
+  // A sign that counts stands below the magnitude, so that one maximum finds both.
+  constexpr int shift = Codec::signed_scale;
+  uint32_t key = 0;
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) {
+    uint32_t own = magnitude(x[e]) << shift | (shift & ~as_bits(x[e]) >> 31);
+    key = key > own ? key : own;
+  }
+  key = largest<Codec::block / EIGHT>(key);
+  return Scaling<Codec>(key >> shift, key & 1 ? key >> shift : 0);
+}
+
+template <class Codec>
+FO_INLINE void encode_block(const Place& place, const char* lookup, F* x, Words<EIGHT>& words) {
+  if (!place.vectors) {
+    // What a rule made of elements that are none must not count.
+#pragma unroll
+    for (int e = 0; e < EIGHT; ++e) x[e] = e < place.count ? x[e] : 0;
+  }
+  auto scaling = scaling_of<Codec>(x);
+  constexpr int bits = Codec::bits(0), each = 32 / bits;
+  U codes[EIGHT / each] = {};
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) {
+    codes[e / each] |= Codec::code(scaling.normalised(x[e]), lookup) << e % each * bits;
+  }
+  // The half of a byte behind the last element is zero.
+  if (bits == 4 && place.count < EIGHT) codes[0] &= (1u << 4 * place.count) - 1;
+#pragma unroll
+  for (int i = 0; i < EIGHT / each; ++i) words.word[i] = codes[i];
+  words.word[4] = as_bits(scaling.scale) >> (32 - Codec::bits(1));
+}
+
+template <class Codec>
+FO_INLINE void decode_each(Words<EIGHT>& words, F* x) {
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) x[e] = Codec::decode(Element<Codec, EIGHT>{words, e});
+}
+
+template <class Codec>
+FO_INLINE void decode_block(const char* lookup, Words<EIGHT>& words, F* x) {
+  constexpr int bits = Codec::bits(0), each = 32 / bits;
+  F scale = as_float(words.word[4] << (32 - Codec::bits(1)));
+#pragma unroll
+  for (int e = 0; e < EIGHT; ++e) {
+    U code = words.word[e / each] >> e % each * bits & ((1u << bits) - 1);
+    x[e] = product(Codec::value(code, lookup), scale);
+  }
+}
+
+// Of a parameter: a switch without blocks.
+FO_INLINE void decode_param(const Slot& slot, Words<EIGHT>& words, F* x) {
+  with_elementwise(slot.codec, [&](auto c) { decode_each<decltype(c)>(words, x); });
+}
+FO_INLINE void encode_param(const Slot& slot, const Place& place, const Stream& stream, const F* x,
+                            Words<EIGHT>& words) {
+  with_elementwise(slot.codec, [&](auto c) { encode_each<decltype(c)>(place, stream, 0, x, words); });
+}
+
+FO_INLINE void decode_state(const Slot& slot, Words<EIGHT>& words, F* x) {
+  with_codec(slot.codec, [&](auto c) {
+    if constexpr (decltype(c)::block == 1) {
+      decode_each<decltype(c)>(words, x);
+    } else {
+      decode_block<decltype(c)>(slot.lookup, words, x);
+    }
+  });
+}
+FO_INLINE void encode_state(const Slot& slot, int state, const Place& place, const Stream& stream, F* x,
+                            Words<EIGHT>& words) {
+  with_codec(slot.codec, [&](auto c) {
+    if constexpr (decltype(c)::block == 1) {
+      encode_each<decltype(c)>(place, stream, 1 + state, x, words);
+    } else {
+      encode_block<decltype(c)>(place, slot.lookup, x, words);
+    }
+  });
+}
+
+}  // namespace

@@ -1,12 +1,12 @@
 // Block codecs: codes of 8 or 4 bits in plane 0, one scale for `block` neighbouring values in plane 1.
 //
 // A driver encodes a block x like this, and F may hold one value or several:
-//   top = the largest magnitude(x) as an integer; positive = the same of the values that are not negative;
-//   Scaling<Codec> scaling(top, positive); scaling.scale goes to plane 1, rounded already;
+//   top = the largest magnitude(x); positive = the largest as_bits(x) as a signed number;
+//   Scaling<Codec> scaling(top, positive); scaling.scale, rounded already, goes to plane 1;
 //   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
-// It decodes Codec::value(code, lookup) * scale. `lookup` is the table whose address follows those of the
-// planes if the codec has one (lookup.h). Half bytes: the code of the value with the even index is the lower
-// one.
+// It decodes Codec::value(code, lookup) * scale. In a short block, missing values count as zeros. `lookup` is
+// the table whose address follows those of the planes if the codec has one (lookup.h). Of two codes of 4 bits
+// the lower one belongs to the even index; the upper one without a value is 0.
 #pragma once
 
 #include "lookup.h"
@@ -28,8 +28,7 @@ struct BlocksOf : InBlocks {
   static constexpr FO_ANYWHERE int bits(int plane) { return plane == 0 ? CODE_BITS : SCALE_BITS; }
 };
 
-// A block's scale and what its values are multiplied with; scales that are 0, infinite or NaN leave codes of
-// 0.
+// A block's scale and what its values are multiplied with: a scale of 0, infinity or NaN leaves zeros.
 template <class Codec>
 struct Scaling {
   F scale, inverse;
@@ -117,8 +116,7 @@ struct int4 : BlocksOf<128, 4, 32> {
   static FO_INLINE U code(F n, const char*) {
     // A value between two neighbours belongs to the lower one, so a negative value to that of larger size.
     U size = magnitude(n) + (as_bits(n) >> 31), index(0u);
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
+    FO_UNROLL for (int i = 0; i < 8; ++i) {
       index = select(above(size, as_bits(F(four_bit_middles[i]))), index + 1u, index);
     }
     return select(n < F(0.0f), U(7u) - at_most(index, U(7u)), U(7u) + index);

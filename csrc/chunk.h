@@ -1,5 +1,5 @@
-// Codecs that are not plain, a chunk of neighbouring elements at a time: from memory to floats in a buffer that
-// stays in the first cache, and back. One switch per chunk, and constants stay in registers.
+// Codecs that are not plain, a chunk of neighbouring elements at a time: from memory to floats in a buffer
+// that stays in the first cache, and back. One switch per chunk, and constants stay in registers.
 #pragma once
 
 #include "random.h"

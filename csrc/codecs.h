@@ -145,10 +145,11 @@ struct bf16_split8 : EachForItself {
 #define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16)
 #define FO_SPLIT_CODECS(CODEC) \
   CODEC(bf16_sr) CODEC(bf16_kahan) CODEC(fp16_kahan) CODEC(bf16_split16) CODEC(bf16_split8)
-#define FO_BLOCK_CODECS(CODEC)                                                                             \
-  CODEC(int8)                                                                                              \
-  CODEC(int8_unsigned) CODEC(int8_companded) CODEC(int8_companded_unsigned) CODEC(fp8) CODEC(fp8_unsigned) \
-      CODEC(int4) CODEC(int4_unsigned)
+#define FO_BLOCK_CODECS(CODEC) \
+  CODEC(int8)                  \
+  CODEC(int8_unsigned)         \
+  CODEC(int8_companded)        \
+  CODEC(int8_companded_unsigned) CODEC(fp8) CODEC(fp8_unsigned) CODEC(int4) CODEC(int4_unsigned)
 #define FO_CODECS(CODEC) FO_PLAIN_CODECS(CODEC) FO_SPLIT_CODECS(CODEC) FO_BLOCK_CODECS(CODEC)
 
 namespace {

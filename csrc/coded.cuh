@@ -170,13 +170,16 @@ FO_INLINE void encode_each(const Place& place, const Stream& stream, uint32_t sl
 // Over the lanes that hold one block.
 template <int LANES>
 FO_INLINE uint32_t largest(uint32_t x) {
-  if (LANES == 32) return __reduce_max_sync(~0u, x);
+  if constexpr (LANES == 32) {
+    return __reduce_max_sync(~0u, x);
+  } else {
 #pragma unroll
-  for (int distance = LANES / 2; distance > 0; distance /= 2) {
-    uint32_t other = __shfl_xor_sync(~0u, x, distance);
-    x = x > other ? x : other;
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+      uint32_t other = __shfl_xor_sync(~0u, x, distance);
+      x = x > other ? x : other;
+    }
+    return x;
   }
-  return x;
 }
 
 // Every thread of the warp must be here.

@@ -7,9 +7,11 @@
 #define FO_ANYWHERE __host__ __device__ __forceinline__
 #define FO_LAMBDA
 #define FO_TABLE static __device__ const
+#define FO_UNROLL _Pragma("unroll")
 #else
 #define FO_INLINE inline __attribute__((always_inline))
 #define FO_ANYWHERE FO_INLINE
 #define FO_LAMBDA __attribute__((always_inline))
 #define FO_TABLE alignas(64) constexpr
+#define FO_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -5,8 +5,8 @@
 
 namespace {
 
-// A table's parts, in bytes: the value of every code; the magnitude above which index i should be i + 1; and an
-// index that is right or one too low, by the upper bits of a magnitude from 2^-24 to 1.
+// A table's parts, in bytes: the value of every code; the magnitude above which index i should be i + 1; and
+// an index that is right or one too low, by the upper bits of a magnitude from 2^-24 to 1.
 constexpr int VALUES = 0, MIDDLES = 1024, GUESSES = 2048;
 constexpr uint32_t GUESS_BASE = (127 - 24) << 7;
 
@@ -21,8 +21,8 @@ FO_INLINE U guess(F size, const char* table) {
   return look_up(reinterpret_cast<const uint8_t*>(table + GUESSES), steps);
 }
 #else
-// The index is a straight line of the magnitude in every decade, a flatter one from each decade to the next, and
-// so the lowest of all these lines. A range of two binades meets two lines at most.
+// The index is a straight line of the magnitude in every decade, a flatter one from each decade to the next,
+// and so the lowest of all these lines. A range of two binades meets two lines at most.
 struct Lines {
   alignas(64) float start[2][LANES], slope[2][LANES];
 };
@@ -30,8 +30,8 @@ template <bool SIGNED>
 constexpr Lines lines_of_ranges() {
   Lines lines{};
   for (int range = 0; range < LANES; ++range) {
-    // From 4^(range - 15), the range of 1, upwards.
-    double from = 1, power = 1e-6;
+    // The last range is that of 0.5 to 2.
+    double from = 0.5, power = 1e-6;
     for (int i = range; i < LANES - 1; ++i) from /= 4;
     int decade = 0;
     while (decade < 6 && power < from) power *= 10, ++decade;
@@ -75,8 +75,8 @@ FO_INLINE U code_above_zero(F n, U code) { return select(n > F(0.0f), at_least(c
 FO_TABLE float four_bit_values[16] = {-.8875f, -.6625f, -.4375f, -.2125f, -.0775f, -.0325f, -.0055f, 0.0f,
                                       .0055f,  .0325f,  .0775f,  .2125f,  .4375f,  .6625f,  .8875f,  1.0f};
 // Between the entries from 0 on.
-FO_TABLE float four_bit_middles[8] = {
-    (0.0f + .0055f) / 2,   (.0055f + .0325f) / 2, (.0325f + .0775f) / 2, (.0775f + .2125f) / 2,
-    (.2125f + .4375f) / 2, (.4375f + .6625f) / 2, (.6625f + .8875f) / 2, (.8875f + 1.0f) / 2};
+FO_TABLE float four_bit_middles[8] = {(0.0f + .0055f) / 2,   (.0055f + .0325f) / 2, (.0325f + .0775f) / 2,
+                                      (.0775f + .2125f) / 2, (.2125f + .4375f) / 2, (.4375f + .6625f) / 2,
+                                      (.6625f + .8875f) / 2, (.8875f + 1.0f) / 2};
 
 }  // namespace

@@ -34,8 +34,6 @@ FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
 FO_INLINE U sign_extend(U x, int bits) {
   return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
 }
-// Of the lower half of a.
-FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return static_cast<uint64_t>(static_cast<U>(a)) * b; }
 // In the fast arithmetic a written a * b may become part of another operation, and a / b an approximation.
 FO_INLINE F product(F a, F b) { return __fmul_rn(a, b); }
 FO_INLINE F sum(F a, F b) { return __fadd_rn(a, b); }
@@ -45,6 +43,8 @@ FO_INLINE F square_root(F x) { return __fsqrt_rn(x); }
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
 FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
+// Of the lower half of `a`.
+FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
 FO_INLINE F look_up(const float* table, U index) { return __ldg(table + index); }
 FO_INLINE U look_up(const uint8_t* table, U index) { return __ldg(table + index); }
 FO_INLINE F pick(const float (&table)[16], U index) { return table[index]; }

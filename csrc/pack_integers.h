@@ -47,8 +47,8 @@ FO_INLINE U round_to_integer(F x) {
 FO_INLINE U widen(B x) {
   U r;
 #if defined(__AVX512F__)
-  r.part[0] = reinterpret_cast<U::Part>(
-      _mm512_maskz_cvtepu8_epi32(ALL, reinterpret_cast<__m128i>(x.part[0])));
+  r.part[0] =
+      reinterpret_cast<U::Part>(_mm512_maskz_cvtepu8_epi32(ALL, reinterpret_cast<__m128i>(x.part[0])));
 #elif defined(__AVX2__)
   __m128i bytes = reinterpret_cast<__m128i>(x.part[0]);
   r.part[0] = reinterpret_cast<U::Part>(_mm256_cvtepu8_epi32(bytes));
@@ -150,14 +150,13 @@ FO_INLINE U look_up(const uint8_t* table, U index) {
   U r;
 #if defined(__AVX512F__)
   __m512i at = reinterpret_cast<__m512i>(index.part[0]);
-  r.part[0] = reinterpret_cast<U::Part>(
-      _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), ALL, at, table, 1));
+  r.part[0] =
+      reinterpret_cast<U::Part>(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), ALL, at, table, 1));
 #elif defined(__AVX2__)
   FO_EACH_PART {
     __m256i at = reinterpret_cast<__m256i>(index.part[i]);
-    r.part[i] = reinterpret_cast<U::Part>(
-        _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), reinterpret_cast<const int*>(table), at,
-                                    _mm256_set1_epi32(-1), 1));
+    r.part[i] = reinterpret_cast<U::Part>(_mm256_mask_i32gather_epi32(
+        _mm256_setzero_si256(), reinterpret_cast<const int*>(table), at, _mm256_set1_epi32(-1), 1));
   }
 #else
   FO_EACH_PART for (int lane = 0; lane < LANES / PARTS; ++lane) {
@@ -166,7 +165,6 @@ FO_INLINE U look_up(const uint8_t* table, U index) {
 #endif
   return r & U(0xffu);
 }
-
 
 // By the four lowest bits of the index.
 FO_INLINE F pick(const float (&table)[16], U index) {

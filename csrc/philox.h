@@ -8,8 +8,7 @@ namespace {
 // Four words of as many counters as a W holds lanes of 64 bits, of which the upper halves may be anything.
 template <class W>
 FO_INLINE void philox(W (&words)[4], uint32_t seed, uint32_t step) {
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  FO_UNROLL for (int round = 0; round < 10; ++round) {
     W left = product(words[0], 0xd2511f53u), right = product(words[2], 0xcd9e8d57u);
     words[0] = (right >> 32) ^ words[1] ^ W(seed);
     words[1] = right;

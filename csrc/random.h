@@ -46,7 +46,8 @@ FO_INLINE Wide product(Wide a, uint32_t b) {
 struct Stream {
   uint32_t seed, step, ordinal, slot;
 
-  // Writes 16 bits for each of the elements from `first` on: whole groups of 8 * LANES, as many as `count` needs.
+  // Writes 16 bits for each of the elements from `first` on: whole groups of 8 * LANES, as many as `count`
+  // needs.
   void fill(int64_t first, int count, uint16_t* bits) const {
     for (int i = 0; i < count; i += 8 * LANES) {
       uint64_t counter = static_cast<uint64_t>(first + i) >> 3, lanes[LANES];

@@ -92,7 +92,8 @@ class Chunk {
   }
 
   // The same for a parameter and gradient with strides, whose elements are copied side by side.
-  void update_strided(const Rule& rule, F g_scale, Stream stream, const Slots<Rule>& home, Odometer odometer) {
+  void update_strided(const Rule& rule, F g_scale, Stream stream, const Slots<Rule>& home,
+                      Odometer odometer) {
     Odometer back = odometer;
     int bytes = bytes_of(home.param), grad_bytes = bytes_of(home.grad);
     for (int i = 0; i < count_; ++i, odometer.advance()) {

@@ -10,8 +10,8 @@ namespace fo {
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
 constexpr int ABI = 2;
 
-// Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a codec's
-// look-up table follows its planes. ORDINAL counts the optimizer's parameters.
+// Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a
+// codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters.
 enum Column { NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER };
 
 // Floats of a row, SEED and STEP being bit patterns of integers; the rule's scalars follow.

@@ -14,7 +14,7 @@ constexpr int EIGHT = 8;
 struct Storage {
   int32_t codec, column;
   // Of a value in each plane; in plane 1 nothing if there is none, or of a scale.
-  int32_t bits[2];
+  uint32_t bits[2];
   // Elements to a scale, as a power of two.
   int32_t block_shift;
   bool lookup, random;
@@ -40,35 +40,16 @@ FO_INLINE Slot take(const Storage& storage, const fo::Table& table, int64_t tens
 
 // The elements of a thread: in vectors two groups of four, `gap` apart, else `count` neighbours.
 struct Place {
-  int64_t first, gap;
-  int count;
+  int64_t first;
+  int gap, count;
   bool vectors;
   // Of a strided tensor.
   const int64_t* layout;
 };
 
-// Entries of 1, 2 or 4 bytes side by side in words, and one to a word.
-FO_INLINE void pack(const uint32_t* entries, int bytes, uint32_t* words) {
-#pragma unroll
-  for (int i = 0; i < EIGHT; ++i) {
-    if (bytes == 4) words[i] = entries[i];
-    if (bytes == 2 && i < 4) words[i] = entries[2 * i] | entries[2 * i + 1] << 16;
-    if (bytes == 1 && i < 2) {
-      words[i] =
-          entries[4 * i] | entries[4 * i + 1] << 8 | entries[4 * i + 2] << 16 | entries[4 * i + 3] << 24;
-    }
-  }
-}
-FO_INLINE void unpack(const uint32_t* words, int bytes, uint32_t* entries) {
-#pragma unroll
-  for (int i = 0; i < EIGHT; ++i) {
-    entries[i] = bytes == 4 ? words[i] : bytes == 2 ? words[i / 2] >> i % 2 * 16 : words[i / 4] >> i % 4 * 8;
-  }
-}
-
 // One entry of a plane. The upper bits of what is put may be anything.
 template <Direction direction>
-FO_INLINE void move_entry(char* memory, int bytes, uint32_t* entry) {
+FO_INLINE void move_entry(char* memory, uint32_t bytes, uint32_t* entry) {
   if (direction == FETCH) *entry = 0;
   if (bytes == 4) {
     move<direction, uint32_t>(memory, entry);
@@ -79,36 +60,45 @@ FO_INLINE void move_entry(char* memory, int bytes, uint32_t* entry) {
   }
 }
 
-// `count` entries from element `first` on. The loop turns the entries round, because a register has no index.
-template <Direction direction>
-FO_INLINE void move_entries(char* plane, int bytes, int64_t first, int count, const int64_t* layout,
+// `count` entries from element `first` on. They pass through the words as through a queue of bits, because a
+// register has no index.
+template <Direction direction, int WORDS>
+FO_INLINE void move_entries(char* plane, uint32_t bytes, int64_t first, int count, const int64_t* layout,
                             const int64_t* strides, uint32_t* words) {
-  uint32_t entries[EIGHT] = {};
-  if (direction == PUT) unpack(words, bytes, entries);
 #pragma unroll 1
   for (int i = 0; i < EIGHT; ++i) {
-    uint32_t entry = entries[0];
+    uint32_t entry = direction == FETCH ? 0 : words[0];
     if (i < count) {
       int64_t at = strides ? offset(fo::Layout{layout}, strides, first + i) : first + i;
       move_entry<direction>(plane + at * bytes, bytes, &entry);
     }
 #pragma unroll
-    for (int k = 1; k < EIGHT; ++k) entries[k - 1] = entries[k];
-    entries[EIGHT - 1] = entry;
+    for (int k = 0; k < WORDS; ++k) {
+      words[k] = __funnelshift_rc(words[k], k + 1 < WORDS ? words[k + 1] : entry, 8 * bytes);
+    }
   }
-  if (direction == FETCH) pack(entries, bytes, words);
+  if (direction == PUT) return;
+  // Entries of less than the longest have filled the upper words only.
+  if (bytes == 2 && WORDS == EIGHT) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) words[k] = words[k + WORDS - 4];
+  }
+  if (bytes == 1) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) words[k] = words[k + WORDS - 2];
+  }
 }
 
 // A plane of entries of `bits`, of which an element has one; two of 4 bits share a byte.
-template <Direction direction>
-FO_INLINE void move(char* plane, int bits, const Place& place, const int64_t* strides, uint32_t* words) {
+template <Direction direction, int WORDS>
+FO_INLINE void move(char* plane, uint32_t bits, const Place& place, const int64_t* strides, uint32_t* words) {
   if (!place.vectors) {
-    int shared = bits == 4;
-    return move_entries<direction>(plane, shared ? 1 : bits / 8, place.first >> shared,
-                                   (place.count + shared) >> shared, place.layout, strides, words);
+    bool shared = bits == 4;
+    return move_entries<direction, WORDS>(plane, shared ? 1 : bits >> 3, place.first >> shared,
+                                          (place.count + shared) >> shared, place.layout, strides, words);
   }
-  char *here = plane + place.first * bits / 8, *there = here + place.gap * bits / 8;
-  if (bits == 32) {
+  char *here = plane + (place.first * bits >> 3), *there = here + place.gap * (bits >> 3);
+  if (bits == 32 && WORDS == EIGHT) {
     move<direction, uint4>(here, words);
     move<direction, uint4>(there, words + 4);
   } else if (bits == 4) {
@@ -125,21 +115,28 @@ FO_INLINE void move(char* plane, int bits, const Place& place, const int64_t* st
   }
 }
 
-// All planes. The second one, or a block's scale, begins at word 4; `strides` are those of the first.
+// The second plane, or the scale of a block.
 template <Direction direction>
-FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const int64_t* strides,
-                    Words<EIGHT>& words) {
-  move<direction>(slot.planes[0], storage.bits[0], place, strides, words.word);
-  if (storage.bits[1] == 0) return;
+FO_INLINE void move_second(const Storage& storage, char* plane, const Place& place, uint32_t* words) {
   if (storage.block_shift == 0) {
-    return move<direction>(slot.planes[1], storage.bits[1], place, nullptr, words.word + 4);
+    return move<direction, EIGHT / 2>(plane, storage.bits[1], place, nullptr, words);
   }
   bool first_of_block = (place.first & ((1 << storage.block_shift) - 1)) == 0;
   if (place.count > 0 && (direction == FETCH || first_of_block)) {
-    int bytes = storage.bits[1] / 8;
-    move_entry<direction>(slot.planes[1] + (place.first >> storage.block_shift) * bytes, bytes,
-                          words.word + 4);
+    uint32_t bytes = storage.bits[1] >> 3;
+    move_entry<direction>(plane + (place.first >> storage.block_shift) * bytes, bytes, words);
   }
+}
+
+// All planes; `strides` are those of the first. The second one begins at word 4, and is written first because
+// a first one that is put entry by entry leaves nothing behind.
+template <Direction direction>
+FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const int64_t* strides,
+                    Words<EIGHT>& words) {
+  bool second = storage.bits[1] != 0;
+  if (direction == PUT && second) move_second<direction>(storage, slot.planes[1], place, words.word + 4);
+  move<direction, EIGHT>(slot.planes[0], storage.bits[0], place, strides, words.word);
+  if (direction == FETCH && second) move_second<direction>(storage, slot.planes[1], place, words.word + 4);
 }
 
 // Where a parameter's random numbers begin.

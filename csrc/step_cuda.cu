@@ -115,8 +115,6 @@ constexpr int blocks_in_flight(int planes) {
 }
 
 // Tensors whose codecs are all plain.
-constexpr int coded_blocks_in_flight(int planes) { return planes < 4 ? 6 : planes < 5 ? 5 : 4; }
-
 template <class Rule>
 __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
     step_kernel(const __grid_constant__ Launch launch) {
@@ -139,60 +137,99 @@ __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
   update_singles(launch, tensor, slots, rule, g_scale, start, end);
 }
 
+// What all threads of a block must know of their tensor. It stands in shared memory: registers are needed for
+// elements.
 template <class Rule>
-FO_INLINE void update(const Launch& launch, const Slots<Rule>& slots, const Rule& rule, F g_scale,
-                      const Place& place, const Stream& stream) {
-  const Storage *of_param = launch.storages, *of_grad = of_param + 1, *of_states = of_param + 2;
-  Layout layout{place.layout};
-  const int64_t* param_strides = place.layout ? layout.param_strides() : nullptr;
-  const int64_t* grad_strides = place.layout ? layout.grad_strides() : nullptr;
+struct Task {
+  Slots<Rule> slots;
+  Rule rule;
+  F g_scale;
+  Stream stream;
+  int64_t start, end;
+  bool aligned;
+  // Of a strided tensor, else null.
+  const int64_t *layout, *param_strides, *grad_strides;
+
+  FO_INLINE Task(const Launch& launch, int2 tile, const float* row)
+      : slots(launch, tile.x),
+        rule(with_scalars<Rule>(row + SCALARS)),
+        g_scale(row[G_SCALE]),
+        stream{as_bits(row[SEED]), as_bits(row[STEP]),
+               static_cast<uint32_t>(launch.table.at(ORDINAL, tile.x))},
+        start(tile.y * static_cast<int64_t>(TILE)),
+        aligned(!launch.layouts && launch.table.at(ALIGNED, tile.x)),
+        layout(),
+        param_strides(),
+        grad_strides() {
+    int64_t n = launch.table.at(NUMEL, tile.x);
+    end = start + TILE < n ? start + TILE : n;
+    if (!launch.layouts) return;
+    Layout strided{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
+    layout = strided.record;
+    param_strides = strided.param_strides();
+    grad_strides = strided.grad_strides();
+  }
+
+  // A thread's elements in the round that begins at `first`.
+  FO_INLINE Place place(int64_t first, bool neighbours) const {
+    bool vectors = aligned && first + ROUND <= end;
+    neighbours = neighbours || !vectors;
+    first += threadIdx.x * (neighbours ? 8 : 4);
+    int64_t left = end - first;
+    int count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
+    return {first, neighbours ? 4 : 4 * THREADS, count, vectors, layout};
+  }
+};
+
+template <class Rule>
+FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Place& place) {
+  const Slots<Rule>& slots = task.slots;
   Bits<Rule, EIGHT> bits;
-  move<FETCH>(*of_param, slots.param, place, param_strides, bits.param);
-  move<FETCH>(*of_grad, slots.grad, place, grad_strides, bits.grad);
+  move<FETCH>(storages[0], slots.param, place, task.param_strides, bits.param);
+  move<FETCH>(storages[1], slots.grad, place, task.grad_strides, bits.grad);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i)
-    move<FETCH>(of_states[i], slots.states[i], place, nullptr, bits.states[i]);
+    move<FETCH>(storages[2 + i], slots.states[i], place, nullptr, bits.states[i]);
   Values<Rule, EIGHT> values;
   decode_param(slots.param, bits.param, values.p);
   decode(slots.grad.codec, bits.grad, values.g);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) decode_state(slots.states[i], bits.states[i], values.s[i]);
-  values.update(rule, g_scale);
-  encode_param(slots.param, place, stream, values.p, bits.param);
-  move<PUT>(*of_param, slots.param, place, param_strides, bits.param);
+  values.update(task.rule, task.g_scale);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) {
-    encode_state(slots.states[i], i, place, stream, values.s[i], bits.states[i]);
-    move<PUT>(of_states[i], slots.states[i], place, nullptr, bits.states[i]);
+    encode_state(slots.states[i], i, place, task.stream, values.s[i], bits.states[i]);
+    move<PUT>(storages[2 + i], slots.states[i], place, nullptr, bits.states[i]);
   }
+  // Last, when the division of indices has registers again.
+  encode_param(slots.param, place, task.stream, values.p, bits.param);
+  move<PUT>(storages[0], slots.param, place, task.param_strides, bits.param);
 }
 
-// Tensors of any codecs. All threads of a block make every round.
+// As many as need no memory for registers.
+constexpr int coded_blocks_in_flight(int slots) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int blocks[] = {6, 6, 4, 3};
+#else
+  constexpr int blocks[] = {6, 6, 5, 4};
+#endif
+  return blocks[slots];
+}
+
+// Tensors of any codecs. All threads of a block make every round, because they ask each other for maxima.
 template <class Rule>
-__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight(2 + Rule::slots))
+__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight(Rule::slots))
     step_coded_kernel(const __grid_constant__ Launch launch) {
   int2 tile = launch.tiles[blockIdx.x];
-  int64_t tensor = tile.x, n = launch.table.at(NUMEL, tensor);
-  const float* row = launch.rows + launch.table.at(ROW, tensor) * launch.row_length;
-  Slots<Rule> slots(launch, tensor);
-  Rule rule = with_scalars<Rule>(row + SCALARS);
-  F g_scale = row[G_SCALE];
-  Stream stream{as_bits(row[SEED]), as_bits(row[STEP]),
-                static_cast<uint32_t>(launch.table.at(ORDINAL, tensor))};
+  const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
   if (row[ACTIVE] == 0) return;
-  int64_t start = tile.y * static_cast<int64_t>(TILE), end = start + TILE < n ? start + TILE : n;
-  Place place{};
-  if (launch.layouts) place.layout = launch.layouts + launch.table.at(LAYOUT, tensor) * LAYOUT_LENGTH;
-  bool aligned = !launch.layouts && launch.table.at(ALIGNED, tensor);
+  __shared__ alignas(Task<Rule>) char memory[sizeof(Task<Rule>)];
+  auto& task = *reinterpret_cast<Task<Rule>*>(memory);
+  if (threadIdx.x == 0) new (memory) Task<Rule>(launch, tile, row);
+  __syncthreads();
 #pragma unroll 1
-  for (; start < end; start += ROUND) {
-    place.vectors = aligned && start + ROUND <= end;
-    bool neighbours = launch.neighbours || !place.vectors;
-    place.first = start + threadIdx.x * (neighbours ? 8 : 4);
-    place.gap = neighbours ? 4 : 4 * THREADS;
-    int64_t left = end - place.first;
-    place.count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
-    update(launch, slots, rule, g_scale, place, stream);
+  for (int64_t first = task.start; first < task.end; first += ROUND) {
+    update(launch.storages, task, task.place(first, launch.neighbours));
   }
 }
 

@@ -132,6 +132,10 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t bits) {
+  return (static_cast<uint64_t>(high) << 32 | low) >> (bits < 32 ? bits : 32);
+}
+
 // Functions that are never inlined, because nothing may be fused with them or approximate them.
 #define ROUNDED __attribute__((noinline, optimize("fp-contract=off,no-reciprocal-math"))) inline
 ROUNDED float __fmul_rn(float a, float b) { return a * b; }

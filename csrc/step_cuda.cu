@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(THREADS, coded_blocks_in_flight(Rule::slots))
   int2 tile = launch.tiles[blockIdx.x];
   const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
   if (row[ACTIVE] == 0) return;
-  __shared__ alignas(Task<Rule>) char memory[sizeof(Task<Rule>)];
+  alignas(Task<Rule>) __shared__ char memory[sizeof(Task<Rule>)];
   auto& task = *reinterpret_cast<Task<Rule>*>(memory);
   if (threadIdx.x == 0) new (memory) Task<Rule>(launch, tile, row);
   __syncthreads();

@@ -43,8 +43,15 @@ struct Place {
   int64_t first;
   int gap, count;
   bool vectors;
-  // Of a strided tensor.
-  const int64_t* layout;
+};
+
+// How a plane lies in memory: dense without strides.
+struct Lie {
+  const int64_t *layout, *strides;
+
+  FO_INLINE int64_t operator()(int64_t element) const {
+    return strides ? offset(fo::Layout{layout}, strides, element) : element;
+  }
 };
 
 // One entry of a plane. The upper bits of what is put may be anything.
@@ -63,14 +70,13 @@ FO_INLINE void move_entry(char* memory, uint32_t bytes, uint32_t* entry) {
 // `count` entries from element `first` on. They pass through the words as through a queue of bits, because a
 // register has no index.
 template <Direction direction, int WORDS>
-FO_INLINE void move_entries(char* plane, uint32_t bytes, int64_t first, int count, const int64_t* layout,
-                            const int64_t* strides, uint32_t* words) {
+FO_INLINE void move_entries(char* plane, uint32_t bytes, int64_t first, int count, const Lie& lie,
+                            uint32_t* words) {
 #pragma unroll 1
   for (int i = 0; i < EIGHT; ++i) {
     uint32_t entry = direction == FETCH ? 0 : words[0];
     if (i < count) {
-      int64_t at = strides ? offset(fo::Layout{layout}, strides, first + i) : first + i;
-      move_entry<direction>(plane + at * bytes, bytes, &entry);
+      move_entry<direction>(plane + lie(first + i) * bytes, bytes, &entry);
     }
 #pragma unroll
     for (int k = 0; k < WORDS; ++k) {
@@ -91,11 +97,11 @@ FO_INLINE void move_entries(char* plane, uint32_t bytes, int64_t first, int coun
 
 // A plane of entries of `bits`, of which an element has one; two of 4 bits share a byte.
 template <Direction direction, int WORDS>
-FO_INLINE void move(char* plane, uint32_t bits, const Place& place, const int64_t* strides, uint32_t* words) {
+FO_INLINE void move(char* plane, uint32_t bits, const Place& place, const Lie& lie, uint32_t* words) {
   if (!place.vectors) {
     bool shared = bits == 4;
     return move_entries<direction, WORDS>(plane, shared ? 1 : bits >> 3, place.first >> shared,
-                                          (place.count + shared) >> shared, place.layout, strides, words);
+                                          (place.count + shared) >> shared, lie, words);
   }
   char *here = plane + (place.first * bits >> 3), *there = here + place.gap * (bits >> 3);
   if (bits == 32 && WORDS == EIGHT) {
@@ -119,7 +125,7 @@ FO_INLINE void move(char* plane, uint32_t bits, const Place& place, const int64_
 template <Direction direction>
 FO_INLINE void move_second(const Storage& storage, char* plane, const Place& place, uint32_t* words) {
   if (storage.block_shift == 0) {
-    return move<direction, EIGHT / 2>(plane, storage.bits[1], place, nullptr, words);
+    return move<direction, EIGHT / 2>(plane, storage.bits[1], place, Lie{}, words);
   }
   bool first_of_block = (place.first & ((1 << storage.block_shift) - 1)) == 0;
   if (place.count > 0 && (direction == FETCH || first_of_block)) {
@@ -128,14 +134,14 @@ FO_INLINE void move_second(const Storage& storage, char* plane, const Place& pla
   }
 }
 
-// All planes; `strides` are those of the first. The second one begins at word 4, and is written first because
+// All planes; only the first may have strides. The second one begins at word 4, and is written first because
 // a first one that is put entry by entry leaves nothing behind.
 template <Direction direction>
-FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const int64_t* strides,
+FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const Lie& lie,
                     Words<EIGHT>& words) {
   bool second = storage.bits[1] != 0;
   if (direction == PUT && second) move_second<direction>(storage, slot.planes[1], place, words.word + 4);
-  move<direction, EIGHT>(slot.planes[0], storage.bits[0], place, strides, words.word);
+  move<direction, EIGHT>(slot.planes[0], storage.bits[0], place, lie, words.word);
   if (direction == FETCH && second) move_second<direction>(storage, slot.planes[1], place, words.word + 4);
 }
 

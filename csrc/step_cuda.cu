@@ -147,8 +147,7 @@ struct Task {
   Stream stream;
   int64_t start, end;
   bool aligned;
-  // Of a strided tensor, else null.
-  const int64_t *layout, *param_strides, *grad_strides;
+  Lie of_param, of_grad;
 
   FO_INLINE Task(const Launch& launch, int2 tile, const float* row)
       : slots(launch, tile.x),
@@ -158,16 +157,14 @@ struct Task {
                static_cast<uint32_t>(launch.table.at(ORDINAL, tile.x))},
         start(tile.y * static_cast<int64_t>(TILE)),
         aligned(!launch.layouts && launch.table.at(ALIGNED, tile.x)),
-        layout(),
-        param_strides(),
-        grad_strides() {
+        of_param(),
+        of_grad() {
     int64_t n = launch.table.at(NUMEL, tile.x);
     end = start + TILE < n ? start + TILE : n;
     if (!launch.layouts) return;
     Layout strided{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
-    layout = strided.record;
-    param_strides = strided.param_strides();
-    grad_strides = strided.grad_strides();
+    of_param = {strided.record, strided.param_strides()};
+    of_grad = {strided.record, strided.grad_strides()};
   }
 
   // A thread's elements in the round that begins at `first`.
@@ -177,7 +174,7 @@ struct Task {
     first += threadIdx.x * (neighbours ? 8 : 4);
     int64_t left = end - first;
     int count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
-    return {first, neighbours ? 4 : 4 * THREADS, count, vectors, layout};
+    return {first, neighbours ? 4 : 4 * THREADS, count, vectors};
   }
 };
 
@@ -185,11 +182,11 @@ template <class Rule>
 FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Place& place) {
   const Slots<Rule>& slots = task.slots;
   Bits<Rule, EIGHT> bits;
-  move<FETCH>(storages[0], slots.param, place, task.param_strides, bits.param);
-  move<FETCH>(storages[1], slots.grad, place, task.grad_strides, bits.grad);
+  move<FETCH>(storages[0], slots.param, place, task.of_param, bits.param);
+  move<FETCH>(storages[1], slots.grad, place, task.of_grad, bits.grad);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i)
-    move<FETCH>(storages[2 + i], slots.states[i], place, nullptr, bits.states[i]);
+    move<FETCH>(storages[2 + i], slots.states[i], place, Lie{}, bits.states[i]);
   Values<Rule, EIGHT> values;
   decode_param(slots.param, bits.param, values.p);
   decode(slots.grad.codec, bits.grad, values.g);
@@ -198,18 +195,20 @@ FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Pla
   values.update(task.rule, task.g_scale);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) {
-    encode_state(slots.states[i], i, place, task.stream, values.s[i], bits.states[i]);
-    move<PUT>(storages[2 + i], slots.states[i], place, nullptr, bits.states[i]);
+    Words<EIGHT> words;
+    encode_state(slots.states[i], i, place, task.stream, values.s[i], words);
+    move<PUT>(storages[2 + i], slots.states[i], place, Lie{}, words);
   }
   // Last, when the division of indices has registers again.
-  encode_param(slots.param, place, task.stream, values.p, bits.param);
-  move<PUT>(storages[0], slots.param, place, task.param_strides, bits.param);
+  Words<EIGHT> words;
+  encode_param(slots.param, place, task.stream, values.p, words);
+  move<PUT>(storages[0], slots.param, place, task.of_param, words);
 }
 
 // As many as need no memory for registers.
 constexpr int coded_blocks_in_flight(int slots) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  constexpr int blocks[] = {6, 6, 4, 3};
+  constexpr int blocks[] = {6, 6, 5, 4};
 #else
   constexpr int blocks[] = {6, 6, 5, 4};
 #endif

@@ -3,7 +3,7 @@
 // A driver encodes a block x like this, and F may hold one value or several:
 //   top = the largest magnitude(x); positive = the largest as_bits(x) as a signed number;
 //   Scaling<Codec> scaling(top, positive); scaling.scale, rounded already, goes to plane 1;
-//   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
+//   code = Codec::code(scaling.normalised(x), lookup), whose upper bits may be anything if it has 8.
 // It decodes Codec::value(code, lookup) * scale. In a short block, missing values count as zeros. `lookup` is
 // the table whose address follows those of the planes if the codec has one (lookup.h). Of two codes of 4 bits
 // the lower one belongs to the even index; the upper one without a value is 0.
@@ -64,8 +64,7 @@ struct int8_unsigned : BlocksOf<256, 8, 32> {
 
   static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
   static FO_INLINE U code(F n, const char* table) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, nearest<false>(positive, table));
+    return code_above_zero(n, nearest<false>(not_negative(n), table));
   }
 };
 
@@ -77,8 +76,8 @@ struct int8_companded : BlocksOf<64, 8, 16> {
     return to_float(q) / to_float(U(254u) - size);
   }
   static FO_INLINE U code(F n, const char*) {
-    U q = round_to_integer(F(254.0f) * n / (F(1.0f) + as_float(magnitude(n))));
-    return at_least(at_most(q, U(127u)), U(0u) - U(127u)) & U(0xffu);
+    // Rounding of scale and inverse leave |n| below 1.003, and so this below 127.5.
+    return round_to_integer(F(254.0f) * n / (F(1.0f) + as_float(magnitude(n))));
   }
 };
 
@@ -89,8 +88,7 @@ struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
     return q * q * F(1.0f / 65025.0f);
   }
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, at_most(round_to_integer(F(255.0f) * sqrt(positive)), U(255u)));
+    return code_above_zero(n, round_to_integer(F(255.0f) * sqrt(not_negative(n))));
   }
 };
 
@@ -102,8 +100,7 @@ struct fp8 : BlocksOf<256, 8, 32> {
 
 struct fp8_unsigned : fp8 {
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, float_to_e4m3(positive * F(448.0f)));
+    return code_above_zero(n, float_to_e4m3(not_negative(n) * F(448.0f)));
   }
 };
 
@@ -129,9 +126,7 @@ struct int4_unsigned : BlocksOf<128, 4, 32> {
     return square * square * F(1.0f / 65536.0f);
   }
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    U root = round_to_integer(F(16.0f) * sqrt(sqrt(positive)));
-    return at_least(at_most(root, U(16u)), U(1u)) - 1u;
+    return at_least(round_to_integer(F(16.0f) * sqrt(sqrt(not_negative(n)))), U(1u)) - 1u;
   }
 };
 

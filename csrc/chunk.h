@@ -9,6 +9,9 @@ namespace {
 
 // Blocks lie within a chunk, and the scales of a chunk's blocks fill at most one vector.
 constexpr int CHUNK = 1024;
+// Decoding is memory's and the tables' work, a rule that of the divider: pieces so short that a core does
+// both at the same time. No block is shorter.
+constexpr int PIECE = 64;
 
 // The LANES elements from i on.
 struct Lanes {
@@ -55,7 +58,9 @@ FO_INLINE void put_codes(char* codes, int i, U x) {
 template <class Body>
 FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, Body body) {
   int i = begin;
-  for (; i + LANES <= end; i += LANES) body(home, i, i);
+  // A copy, because a store to a plane might change the slot itself for all that the compiler knows.
+  const Slot slot = home;
+  for (; i + LANES <= end; i += LANES) body(slot, i, i);
   if (i >= end) return;
   Stage rest;
   body(rest.fetch(home, i, end - i), 0, i);
@@ -63,8 +68,8 @@ FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, B
 }
 
 template <class Codec>
-void decode_split(Codec c, const Slot& slot, int count, float* values) {
-  each_vector(slot, 0, count, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+FO_INLINE void decode_split(Codec c, const Slot& slot, int begin, int end, float* values) {
+  each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
     store(values + i, c.decode(Lanes{from.planes, at}));
   });
 }
@@ -88,14 +93,11 @@ float scale_at(const char* scales, int block) {
 }
 
 template <class Codec>
-void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
-  for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
-    int end = begin + c.block < count ? begin + c.block : count;
-    F scale(scale_at<Codec>(slot.planes[1], block));
-    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
-      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
-    });
-  }
+FO_INLINE void decode_block(Codec c, const Slot& slot, int begin, int end, float* values) {
+  F scale(scale_at<Codec>(slot.planes[1], begin / c.block));
+  each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+    store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
+  });
 }
 
 // The largest magnitude of every block, as integers, and of its values that are not negative.
@@ -134,31 +136,33 @@ void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
   Scaling<Codec> all(load<uint32_t>(top), load<uint32_t>(positive));
   store(inverse, all.inverse), store(alive, all.alive);
   put_scales(all, slot.planes[1], (count + c.block - 1) / c.block);
+  char* const codes = slot.planes[0];
+  const char* const lookup = slot.lookup;
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
     Scaling<Codec> scaling(F(inverse[block]), U(alive[block]));
-    auto encode = [&](char* codes, int at, int i) FO_LAMBDA {
-      F n = scaling.normalised(load<float>(values + i));
-      put_codes<c.bits(0)>(codes, at, c.code(n, slot.lookup));
+    auto encode = [&](char* to, int at, int i) FO_LAMBDA {
+      put_codes<c.bits(0)>(to, at, c.code(scaling.normalised(load<float>(values + i)), lookup));
     };
     int full = end - (end - begin) % LANES;
-    for (int i = begin; i < full; i += LANES) encode(slot.planes[0], i, i);
+    for (int i = begin; i < full; i += LANES) encode(codes, i, i);
     if (full < end) {
-      alignas(64) char codes[LANES];
-      encode(codes, 0, full);
+      alignas(64) char rest[LANES];
+      encode(rest, 0, full);
       int bits = (end - full) * c.bits(0);
-      if (bits % 8) codes[bits / 8] &= 15;
-      memcpy(slot.planes[0] + full * c.bits(0) / 8, codes, (bits + 7) / 8);
+      if (bits % 8) rest[bits / 8] &= 15;
+      memcpy(codes + full * c.bits(0) / 8, rest, (bits + 7) / 8);
     }
   }
 }
 
-// From a slot that is not plain to `values`; the vector in which the slot ends is filled up.
-inline void decode(const Slot& slot, int count, float* values) {
+// From a slot that is not plain to `values`, for elements of one block; the vector in which they end is
+// filled up.
+inline void decode(const Slot& slot, int begin, int end, float* values) {
   if (slot.codec < ELEMENTWISE_COUNT) {
-    with_split(slot.codec, [&](auto c) { decode_split(c, slot, count, values); });
+    with_split(slot.codec, [&](auto c) FO_LAMBDA { decode_split(c, slot, begin, end, values); });
   } else {
-    with_block(slot.codec, [&](auto c) { decode_blocks(c, slot, count, values); });
+    with_block(slot.codec, [&](auto c) FO_LAMBDA { decode_block(c, slot, begin, end, values); });
   }
 }
 

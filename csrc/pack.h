@@ -35,6 +35,8 @@ FO_INLINE U sign_extend(U x, int bits) {
   return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
 }
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
+FO_INLINE U at_most(U x, U limit) { return above(x, limit) ? limit : x; }
+FO_INLINE U at_least(U x, U limit) { return above(limit, x) ? limit : x; }
 FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
 FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
 // Of the lower half of `a`.
@@ -267,9 +269,6 @@ FO_INLINE F maximum(F a, F b) {
   return select(a > b, a, select(a != a, a, b));
 }
 FO_INLINE U magnitude(F x) { return as_bits(x) & U(0x7fffffffu); }
-// Smaller and larger of two numbers below 2^31.
-FO_INLINE U at_most(U x, U limit) { return select(above(x, limit), limit, x); }
-FO_INLINE U at_least(U x, U limit) { return select(above(limit, x), limit, x); }
 FO_INLINE F bfloat_to_float(H x) { return as_float(widen(x) << 16); }
 // What is left of x when it is rounded, if that is finite.
 FO_INLINE F cut_off(F x, F rounded) {

@@ -80,11 +80,17 @@ class Chunk {
   void update(const Rule& rule, F g_scale, Stream stream) {
     Slots<Rule> plain = slots_;
     plain.each_written([&](Slot& slot, int number) {
-      if (slot.codec < PLAIN_COUNT) return;
-      decode(slot, count_, values_[number]);
-      slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
+      if (slot.codec >= PLAIN_COUNT) {
+        slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
+      }
     });
-    plain.update_all(rule, g_scale, 0, count_);
+    for (int begin = 0; begin < count_; begin += PIECE) {
+      int end = begin + PIECE < count_ ? begin + PIECE : count_;
+      slots_.each_written([&](const Slot& slot, int number) FO_LAMBDA {
+        if (slot.codec >= PLAIN_COUNT) decode(slot, begin, end, values_[number]);
+      });
+      plain.update_all(rule, g_scale, begin, end);
+    }
     slots_.each_written([&](const Slot& slot, int number) {
       stream.slot = static_cast<uint32_t>(number);
       if (slot.codec >= PLAIN_COUNT) encode(slot, count_, values_[number], stream, first_);

@@ -34,8 +34,6 @@ struct Scaling {
   F scale, inverse;
   U alive;
 
-  // Of a block whose scale is written already.
-  FO_INLINE Scaling(F inverse, U alive) : inverse(inverse), alive(alive) {}
   FO_INLINE Scaling(U top, U positive) {
     U smallest_normal(0x00800000u), infinity(0x7f800000u);
     F most = as_float(select(above(smallest_normal, top), U(0u), top));
@@ -43,7 +41,7 @@ struct Scaling {
     U size = as_bits(scale);
     alive = select(above(size, U(0u)), select(above(infinity, size), U(~0u), U(0u)), U(0u));
     if (Codec::signed_scale) scale = as_float(size | select(above(top, positive), U(0x80000000u), U(0u)));
-    inverse = F(1.0f) / as_float(select(above(size, U(0u)), as_bits(scale), as_bits(F(1.0f))));
+    inverse = as_float(as_bits(F(1.0f) / scale) & alive);
   }
   FO_INLINE F normalised(F x) const { return as_float(as_bits(x * inverse) & alive); }
 };
@@ -71,9 +69,8 @@ struct int8_unsigned : BlocksOf<256, 8, 32> {
 // Even steps of n / (1 + |n|), which is steeper near zero.
 struct int8_companded : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
-    U q = sign_extend(code, 8);
-    U size = select(above(U(0u), q), U(0u) - q, q);
-    return to_float(q) / to_float(U(254u) - size);
+    F q = to_float((code ^ U(0x80u)) - 0x80u);
+    return q / (F(254.0f) - as_float(magnitude(q)));
   }
   static FO_INLINE U code(F n, const char*) {
     // Rounding of scale and inverse leave |n| below 1.003, and so this below 127.5.

@@ -9,10 +9,6 @@ namespace {
 
 // Blocks lie within a chunk, and the scales of a chunk's blocks fill at most one vector.
 constexpr int CHUNK = 1024;
-// Decoding is memory's and the tables' work, a rule that of the divider: pieces so short that a core does
-// both at the same time. No block is shorter.
-constexpr int PIECE = 64;
-
 // The LANES elements from i on.
 struct Lanes {
   char* const* planes;
@@ -28,6 +24,17 @@ struct Lanes {
     ::store(planes[plane] + i * static_cast<int64_t>(sizeof(T)), x);
   }
   FO_INLINE U random() const { return widen(::load<uint16_t>(random_bits + i)); }
+};
+
+// What the next chunk will read from memory, which has nothing else to do while codes are computed.
+struct Ahead {
+  const char* from[2];
+  int bytes[2];
+
+  FO_INLINE void fetch(int64_t i) const {
+    __builtin_prefetch(from[0] + i * bytes[0], 0, 2);
+    __builtin_prefetch(from[1] + i * bytes[1], 0, 2);
+  }
 };
 
 // The same slot from element `first` on.
@@ -68,8 +75,8 @@ FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, B
 }
 
 template <class Codec>
-FO_INLINE void decode_split(Codec c, const Slot& slot, int begin, int end, float* values) {
-  each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+void decode_split(Codec c, const Slot& slot, int count, float* values) {
+  each_vector(slot, 0, count, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
     store(values + i, c.decode(Lanes{from.planes, at}));
   });
 }
@@ -93,11 +100,14 @@ float scale_at(const char* scales, int block) {
 }
 
 template <class Codec>
-FO_INLINE void decode_block(Codec c, const Slot& slot, int begin, int end, float* values) {
-  F scale(scale_at<Codec>(slot.planes[1], begin / c.block));
-  each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
-    store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
-  });
+void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
+  for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
+    int end = begin + c.block < count ? begin + c.block : count;
+    F scale(scale_at<Codec>(slot.planes[1], block));
+    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
+    });
+  }
 }
 
 // The largest magnitude of every block, as integers, and of its values that are not negative.
@@ -129,7 +139,7 @@ void put_scales(const Scaling<Codec>& scaling, char* scales, int blocks) {
 
 // `values` go on with zeros to the end of a vector.
 template <class Codec>
-void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
+void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ahead) {
   alignas(64) uint32_t top[LANES] = {}, positive[LANES] = {}, alive[LANES];
   alignas(64) float inverse[LANES];
   find_tops<Codec>(values, count, top, positive);
@@ -140,12 +150,16 @@ void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
   const char* const lookup = slot.lookup;
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
-    Scaling<Codec> scaling(F(inverse[block]), U(alive[block]));
+    const F times(inverse[block]);
+    if (!alive[block]) memset(values + begin, 0, sizeof(float) * (end - begin));
     auto encode = [&](char* to, int at, int i) FO_LAMBDA {
-      put_codes<c.bits(0)>(to, at, c.code(scaling.normalised(load<float>(values + i)), lookup));
+      put_codes<c.bits(0)>(to, at, c.code(load<float>(values + i) * times, lookup));
     };
     int full = end - (end - begin) % LANES;
-    for (int i = begin; i < full; i += LANES) encode(codes, i, i);
+    for (int i = begin; i < full; i += LANES) {
+      ahead.fetch(i);
+      encode(codes, i, i);
+    }
     if (full < end) {
       alignas(64) char rest[LANES];
       encode(rest, 0, full);
@@ -156,18 +170,18 @@ void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
   }
 }
 
-// From a slot that is not plain to `values`, for elements of one block; the vector in which they end is
-// filled up.
-inline void decode(const Slot& slot, int begin, int end, float* values) {
+// From a slot that is not plain to `values`; the vector in which the slot ends is filled up.
+inline void decode(const Slot& slot, int count, float* values) {
   if (slot.codec < ELEMENTWISE_COUNT) {
-    with_split(slot.codec, [&](auto c) FO_LAMBDA { decode_split(c, slot, begin, end, values); });
+    with_split(slot.codec, [&](auto c) { decode_split(c, slot, count, values); });
   } else {
-    with_block(slot.codec, [&](auto c) FO_LAMBDA { decode_block(c, slot, begin, end, values); });
+    with_block(slot.codec, [&](auto c) { decode_blocks(c, slot, count, values); });
   }
 }
 
 // Back again. `first` is the slot's first element in `stream`.
-inline void encode(const Slot& slot, int count, float* values, const Stream& stream, int64_t first) {
+inline void encode(const Slot& slot, int count, float* values, const Stream& stream, int64_t first,
+                   Ahead ahead) {
   if (slot.codec < ELEMENTWISE_COUNT) {
     with_split(slot.codec, [&](auto c) {
       alignas(64) uint16_t random[c.random ? CHUNK : LANES];
@@ -177,7 +191,7 @@ inline void encode(const Slot& slot, int count, float* values, const Stream& str
   } else {
     // What a rule made of the lanes behind the last element must not count.
     for (int i = count; i % LANES; ++i) values[i] = 0;
-    with_block(slot.codec, [&](auto c) { encode_blocks(c, slot, count, values); });
+    with_block(slot.codec, [&](auto c) { encode_blocks(c, slot, count, values, ahead); });
   }
 }
 

@@ -11,7 +11,16 @@ from fused_optim.kernels.rules import RULES
 from .peers import PEERS, Contender
 
 OURS = "fused_optim"
-MAIN_STORAGES = (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+MAIN_STORAGES = (
+    ("fp32", "fp32"),
+    ("bf16", "fp32"),
+    ("bf16", "bf16"),
+    ("fp32", "int8"),
+    ("bf16", "int8"),
+    ("bf16_split8", "int8"),
+    ("bf16_split8", "int8_companded"),
+    ("bf16_split8", "int4"),
+)
 """(parameters and gradients, states) that every rule is timed with."""
 
 
@@ -67,6 +76,30 @@ def issue_table(peers: Sequence[str]) -> list[Case]:
     ]
 
 
+def codec_table(peers: Sequence[str]) -> list[Case]:
+    """The CPU table of the codecs' issue: 16 Mi parameters in 8 bits and fewer, beside torch in fp32."""
+    fused, shapes = Contender("torch-fused"), "4x4Mi"
+    byte, slow_byte = Contender("bitsandbytes-8bit"), Contender("torchao-8bit")
+    lion_byte = Contender("bitsandbytes-8bit", "lion")
+
+    def case(ours: Contender, *limits: tuple[Contender, float]) -> Case:
+        wanted = [(other, limit) for other, limit in limits if other == fused or other.source in peers]
+        targets = tuple(Target("ratio", limit, ours.label, other.label) for other, limit in wanted)
+        others = tuple(dict.fromkeys((fused, *(other for other, _ in wanted))))
+        return Case(ours.label.removeprefix(f"{OURS} "), shapes, (ours, *others), targets)
+
+    split = Contender(OURS, param="bf16_split8", states="int8_companded")
+    return [
+        case(Contender(OURS, states="int8"), (fused, 1.8), (byte, 0.1), (slow_byte, 0.05)),
+        case(Contender(OURS, states="int8_companded"), (fused, 1.3)),
+        case(Contender(OURS, "lion", states="int8"), (lion_byte, 1 / 12)),
+        case(split, (fused, 1.3)),
+        *(case(Contender(OURS, states=states)) for states in ("fp8", "int4", "bf16_sr")),
+        *(case(Contender(OURS, param=param)) for param in ("bf16_split16", "bf16_kahan", "bf16_sr")),
+        case(replace(split, states="int4")),
+    ]
+
+
 def _equal_bytes(ours: Contender) -> Contender | None:
     """The fused optimizer of torch with the same parameters and states, if it exists."""
     same = ours.param == ours.states or not RULES[ours.rule].slots
@@ -114,7 +147,7 @@ def variants(shapes: str, rules: Sequence[str] = tuple(RULES)) -> list[Case]:
     return cases
 
 
-SUITES = ("issue", "catalogue", "gpu", "variants")
+SUITES = ("issue", "codecs", "catalogue", "gpu", "variants")
 
 
 def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) -> list[Case]:
@@ -126,6 +159,8 @@ def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) ->
     adamw = Contender(OURS)
     if name == "issue":
         return issue_table(peers)
+    if name == "codecs":
+        return codec_table(peers)
     if name == "gpu":
         # Most wanted first: a run that hits its time limit keeps what it has.
         tiny = _against(

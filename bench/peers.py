@@ -79,9 +79,10 @@ def recipes() -> dict[str, Recipe]:
     found: dict[str, Recipe] = {}
     for name in sorted(fused_optim.__all__):
         cls = getattr(fused_optim, name)
-        if not (inspect.isclass(cls) and issubclass(cls, fused_optim.FusedOptimizer)) or inspect.isabstract(
-            cls
-        ):
+        if not (inspect.isclass(cls) and issubclass(cls, fused_optim.FusedOptimizer)):
+            continue
+        # AdamW8bit and its like are the same classes with other defaults.
+        if inspect.isabstract(cls) or cls._preset:
             continue
         accepted = inspect.signature(cls).parameters
         for switch in _SWITCHES:
@@ -132,7 +133,7 @@ class Contender:
         cls = recipes()[self.rule].cls
         options = dict(self.options)
         try:
-            return cls(params, **self.hyper(), state_codec=self.states, **options)
+            return cls(params, **self.hyper(), param_codec=self.param, state_codec=self.states, **options)
         except ValueError as error:
             if "backend" in options:
                 raise MissingPeerError(str(error)) from None
@@ -141,8 +142,8 @@ class Contender:
     @property
     def allowed_error(self) -> float:
         """Largest relative error of three steps' change that still counts as correct."""
-        bits = {self.param, self.states} if self.is_ours else {self.param}
-        narrowest = min(CODECS[name].planes[0].bits for name in bits)
+        names = {self.param, self.states} if self.is_ours else {self.param}
+        narrowest = min(plane.bits // plane.per for name in names for plane in CODECS[name].planes[:1])
         if not self.is_ours:
             narrowest = min(narrowest, PEERS[self.source].state_bits)
         return {32: 1e-4, 16: 0.1}.get(narrowest, 0.3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.codecs import CODECS, OF_DTYPE, for_slot
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import bytes_moved
 
@@ -104,8 +104,9 @@ class Run(Timed):
         """What a one-pass step must move: the codec model for ours, the same count for a peer's tensors."""
         c = self.contender
         if c.is_ours:
-            rule, param, state = RULES[c.rule], CODECS[c.param], CODECS[c.states]
-            return sum(bytes_moved(rule, param, param, (state,) * len(rule.slots)))
+            rule, param = RULES[c.rule], CODECS[c.param]
+            states = tuple(for_slot(c.states, slot.signed) for slot in rule.slots)
+            return sum(bytes_moved(rule, param, CODECS[OF_DTYPE[param.planes[0].dtype]], states))
         return 3 * self.dtype.itemsize + 2 * self.state_bytes()
 
     def driver(self) -> str | None:

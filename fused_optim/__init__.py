@@ -2,9 +2,29 @@
 
 from .adam import Adam
 from .adamw import AdamW
+from .embedding import StableEmbedding
 from .lion import Lion
+from .master import full_precision, set_full_precision
 from .optimizer import FusedOptimizer
+from .precision import keep_fp32
+from .presets import Adam8bit, AdamW4bit, AdamW8bit, Lion4bit, Lion8bit, SGD8bit
 from .sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Adam8bit",
+    "AdamW",
+    "AdamW4bit",
+    "AdamW8bit",
+    "FusedOptimizer",
+    "Lion",
+    "Lion4bit",
+    "Lion8bit",
+    "SGD8bit",
+    "StableEmbedding",
+    "full_precision",
+    "keep_fp32",
+    "set_full_precision",
+]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fused_optim info|list|pretrain``."""
+"""The command line: ``python -m fused_optim info|list|plan|pretrain``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ usage: python -m fused_optim COMMAND [options]
 
   info      versions, libraries, CPU path, GPUs, backends, and what is missing and how to get it
   list      rules and codecs with their bytes per parameter
+  plan      where the memory of training goes, and what fits (python -m fused_optim plan --help)
   pretrain  train a small Llama on real text (python -m fused_optim pretrain --help)"""
 
 
@@ -28,8 +29,12 @@ def main(arguments: Sequence[str]) -> int:
         from .training import pretrain
 
         return pretrain.main(options)
+    if command == "plan":
+        from .training import plan_command
+
+        return plan_command.main(options)
     if command not in ("info", "list"):
-        return _fail(f"unknown command {command!r}: the commands are info, list and pretrain")
+        return _fail(f"unknown command {command!r}: the commands are info, list, plan and pretrain")
     if options:
         return _fail(f"{command} takes no options, got {' '.join(options)}")
     from . import info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -15,7 +15,6 @@ from .optimizer import FusedOptimizer
 from .options import Options
 
 
-@final
 class AdamW(FusedOptimizer):
     """Adam whose weight decay shrinks the weights directly instead of joining the gradient.
 

@@ -43,6 +43,8 @@ def control(
     skip_nonfinite: bool,
 ) -> Control:
     """Combines a loss scaler's tensors, the gradients' sum of squares and each group's largest norm."""
+    if grad_scale is None and found_inf is None and square_sum is None:
+        return Control([1.0] * len(clips), None)
     scale, inf, total = (_here(value, device) for value in (grad_scale, found_inf, square_sum))
     inverse = 1.0 if scale is None else 1.0 / scale
     g_scales = [inverse] * len(clips)

@@ -27,10 +27,10 @@ def _decades(signed: bool) -> list[Array]:
     decades = []
     for i in range(7):
         steps = 2**i if signed else 2 ** (i + 1)
-        k = np.arange(steps + 1, dtype=np.float32)
-        step = (one - tenth) / np.float32(steps)
-        # From both ends, as torch.linspace does: the entries are those of every checkpoint there is.
-        ladder = np.where(k < (steps + 1) // 2, tenth + step * k, one - step * (steps - k))
+        k = np.arange(steps + 1)
+        step = np.float64((one - tenth) / np.float32(steps))
+        # From both ends and with one rounding, as torch.linspace: the entries of every checkpoint there is.
+        ladder = np.where(k < (steps + 1) // 2, tenth + step * k, one - step * (steps - k)).astype(np.float32)
         middles = (ladder[:-1] + ladder[1:]) / np.float32(2)
         decades.append(np.float32(10.0 ** (i - 6)) * middles)
     return decades

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +31,12 @@ NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER = range(6)
 SEED, STEP = 2, 3
 """Words of a row that are integers."""
 
-_address = Tensor.data_ptr
+# An array: numpy converts a Python number anew in every call.
+_LOW_BITS = np.array(15)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 class Driver(NamedTuple):
@@ -123,6 +127,7 @@ class Bucket:
         self.launched = self.numels[0] > 0
         self.steps_on_device = steps_on_device
         self.steps = _adopt_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
+        self._host_steps = None if self.steps_on_device else self.steps.numpy()
         self._remember()
         if self.launched:
             self._assign_rows()
@@ -134,22 +139,17 @@ class Bucket:
         grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
         self._guards = Guards([*(self.owners if self._plain else self.params), *grads])
         self._grad_extents = np.array([extent(g) for g in grads])
-        self._param_addresses = list(map(_address, self.params))
-        self._states = [m.state for m in self.members]
-        names = self.members[0].plane_names()
-        self._pick: Callable[[Any], tuple[Tensor, ...]] = itemgetter("step", *(names or ("step",)))
-        self._picked = list(map(self._pick, self._states))
-        self._state_tensors = [state[name] for state in self._states for name in names]
-        self._state_addresses = self._read_state_addresses()
+        self._param_addresses = _addresses(self.params).tobytes()
+        # Code that exchanges memory under a state (``state.data = other``) does so for all of them, to move
+        # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. Should one
+        # alone be exchanged, ``state_planes`` keep its old memory alive, and the step goes on there.
+        ends, names = (self.members[0], self.members[-1]), self.members[0].plane_names()
+        self._state_samples = [member.state[name] for member in ends for name in names]
+        self._sampled_addresses = self._sample_states()
 
-    def _read_state_addresses(self) -> list[int]:
-        tensors = self._state_tensors
-        return list(map(_address, tensors if self._plain else map(self._local, tensors)))
-
-    def _same_states(self) -> bool:
-        """Whether the states are the same tensors at the same addresses."""
-        same_tensors = list(map(self._pick, self._states)) == self._picked
-        return same_tensors and self._read_state_addresses() == self._state_addresses
+    def _sample_states(self) -> list[int]:
+        samples = self._state_samples if self._plain else map(self._local, self._state_samples)
+        return [tensor.data_ptr() for tensor in samples]
 
     def _assign_rows(self) -> None:
         """One row per (group, step count) on the host, one per parameter on the device."""
@@ -157,8 +157,9 @@ class Bucket:
             self.row_indices = list(range(len(self.members)))
             self.row_count = len(self.members)
             return
-        self._expected_steps: list[float] = self.steps.tolist()
-        cohorts = [(m.group, step) for m, step in zip(self.members, self._expected_steps, strict=True)]
+        assert self._host_steps is not None
+        self._expected_steps = self._host_steps.tobytes()
+        cohorts = [(m.group, step) for m, step in zip(self.members, self.steps.tolist(), strict=True)]
         self.cohorts = list(dict.fromkeys(cohorts))
         row_of = {cohort: row for row, cohort in enumerate(self.cohorts)}
         self.row_indices = [row_of[cohort] for cohort in cohorts]
@@ -176,6 +177,7 @@ class Bucket:
         table[ORDINAL] = torch.tensor(self.ordinals)
         table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
         self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
+        self._low_bits = b""
         self.layouts = None
         if self.strided:
             table[LAYOUT] = torch.arange(n)
@@ -235,20 +237,31 @@ class Bucket:
             return False
         params, grads = current
         try:
-            same = list(map(_address, params)) == self._param_addresses and self._same_states()
-        except (KeyError, RuntimeError):
-            # A state that is gone, or another tensor in its place: planning anew says which.
+            same = _addresses(params).tobytes() == self._param_addresses
+            same = same and self._sample_states() == self._sampled_addresses
+        except RuntimeError:
+            # A tensor whose memory is gone: planning anew says which.
             return False
-        if not same or (
-            self.launched and not self.steps_on_device and self.steps.tolist() != self._expected_steps
-        ):
+        if not same or not self._counts_as_expected():
             return False
         self.grads = grads
         if self.launched:
-            table = self._staging.host_table
-            table[-1] = list(map(_address, grads))
-            np.copyto(table[ALIGNED], self._fixed_aligned & (table[-1] % 16 == 0))
+            self._fill_table()
         return True
+
+    def _counts_as_expected(self) -> bool:
+        """Whether nobody else has set a step count; only the host's decide about rows."""
+        steps = self._host_steps
+        return steps is None or not self.launched or steps.tobytes() == self._expected_steps
+
+    def _fill_table(self) -> None:
+        """Writes where the gradients are, and who starts on a 16-byte boundary if that has changed."""
+        table, addresses = self._staging.host_table, _addresses(self.grads)
+        table[-1] = addresses
+        low_bits = (addresses & _LOW_BITS).tobytes()
+        if low_bits != self._low_bits:
+            np.copyto(table[ALIGNED], self._fixed_aligned & (addresses % 16 == 0))
+            self._low_bits = low_bits
 
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""
@@ -286,7 +299,10 @@ class Bucket:
     def commit(self) -> None:
         """Advances the step counts and sends scalars and gradients' addresses to the device."""
         active = self._control.active
-        self.steps.add_(1.0 if active is None or active is True else active)
+        if self._host_steps is None:
+            self.steps.add_(1.0 if active is None or active is True else active)
+        else:
+            self._host_steps += 1.0
         if not self.launched:
             return
         self._staging.send(with_rows=not self.steps_on_device)
@@ -297,7 +313,8 @@ class Bucket:
                     words = self.rows[part].view(torch.int32)
                     words[:, SEED], words[:, STEP] = seed - (seed >> 31 << 32), self.steps[part].int()
             return
-        self._expected_steps = self.steps.tolist()
+        assert self._host_steps is not None
+        self._expected_steps = self._host_steps.tobytes()
         self.cohorts = [(group, step + 1.0) for group, step in self.cohorts]
         for row, (group, _) in enumerate(self.cohorts):
             if isinstance(self._control.g_scales[group], Tensor):

@@ -27,14 +27,17 @@ def _resolve(value: Any, device: torch.device | None) -> Any:
     return value
 
 
+def _holds_tensor(value: Any) -> bool:
+    # Floats first: most are, and to ask whether something is a tensor takes several times as long.
+    if isinstance(value, float):
+        return False
+    return any(map(_holds_tensor, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor)
+
+
 def resolve(group: Hyper, device: torch.device | None = None) -> Hyper:
     """A group whose tensor options are floats (``device=None``) or float64 tensors on ``device``."""
-    changed = {
-        key: value
-        for key in _TENSOR_OPTIONS
-        if (old := group.get(key)) is not None and (value := _resolve(old, device)) is not old
-    }
-    return {**group, **changed} if changed else group
+    changed = [key for key in _TENSOR_OPTIONS if _holds_tensor(group.get(key))]
+    return {**group, **{key: _resolve(group[key], device) for key in changed}} if changed else group
 
 
 def row(rule: Rule, hyper: Hyper, step: Any, g_scale: Any) -> tuple[Any, ...]:

@@ -25,14 +25,15 @@ TORCH: dict[str, tuple[Any, dict[str, Any]]] = {
     for name, (cls, options) in CLASSES.items()
     if cls is not fused_optim.Lion
 }
-STORAGES = ["auto", "bf16", "fp16", "mapping"]
+STORAGES = ["auto", "bf16", "fp16", "mapping", "int8", "int8_companded", "int4", "bf16_kahan"]
 SHAPES = ((3, 5), (17,), (), (0,))
 
 
 def options(name: str, storage: str) -> dict[str, Any]:
     options = CLASSES[name][1]
     if storage != "mapping":
-        return {**options, "state_codec": storage}
+        # Blocks also for the smallest of the tensors here.
+        return {**options, "state_codec": storage, "keep_fp32": 0}
     first = {"Lion": "exp_avg", "SGD": None, "SGD-momentum": "momentum_buffer"}.get(name, "exp_avg")
     return {**options, "state_codec": {first: "bf16"} if first else {}}
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
+from fused_optim import full_precision
+from fused_optim.kernels.codecs import for_slot
 from tests import checkpointing
 from tests.cases import assert_same_bits, normal
 from tests.checkpointing import CLASSES, STORAGES, TORCH
@@ -96,10 +98,9 @@ def test_dtypes_are_kept_on_load(dtype: torch.dtype, storage: str) -> None:
         for key, value in optimizer.state[param].items():
             assert loaded.state[other][key].dtype == value.dtype
             assert_same_bits(loaded.state[other][key], value, key)
-    wanted = {"auto": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "mapping": torch.bfloat16}
-    assert loaded.state[others[0]]["exp_avg"].dtype == wanted[storage]
-    second = torch.float32 if storage == "mapping" else wanted[storage]
-    assert loaded.state[others[0]]["exp_avg_sq"].dtype == second
+    first, second = {"auto": ("fp32", "fp32"), "mapping": ("bf16", "fp32")}.get(storage, (storage, storage))
+    for key, codec in (("exp_avg", for_slot(first, True)), ("exp_avg_sq", for_slot(second, False))):
+        assert loaded.state[others[0]][key].dtype == getattr(torch, codec.planes[0].dtype)
 
 
 def _assert_close(params: list[Parameter], others: list[Parameter]) -> None:
@@ -145,7 +146,8 @@ def test_portable_to_torch(name: str, storage: str, dtype: torch.dtype) -> None:
             continue
         for key, value in theirs.state[copied].items():
             if value is not None:
-                expected = ours.state[param][key]
+                step = key == "step"
+                expected = ours.state[param][key] if step else full_precision(ours, param, key)
                 assert_same_bits(torch.as_tensor(value), expected.float(), f"{key} of parameter {index}")
     plain = ours_class([Parameter(p.detach().clone()) for p in copies], **options)
     plain.load_state_dict(saved)

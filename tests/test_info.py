@@ -70,13 +70,13 @@ def test_list_gives_the_bytes_of_the_catalogues(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
 def test_help_names_every_command(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     text = _printed(capsys, *arguments)
-    assert all(f"\n  {command} " in text for command in ("info", "list", "pretrain"))
+    assert all(f"\n  {command} " in text for command in ("info", "list", "plan", "pretrain"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inof",), "unknown command 'inof': the commands are info, list and pretrain"),
+        (("inof",), "unknown command 'inof': the commands are info, list, plan and pretrain"),
         (("info", "--verbose"), "info takes no options, got --verbose"),
         (("list", "adam"), "list takes no options, got adam"),
     ],

@@ -80,8 +80,8 @@ def test_learns_and_agrees_with_torch(text: Path, tmp_path: Path, capsys: pytest
 
 
 def test_memory_is_measured(text: Path, tmp_path: Path) -> None:
-    options = ["--data", text, *TINY_RUN, "--param-dtype", "bf16", "--steps", "1"]
-    assert _pretrain(*options, "--state-codec", "fp32", "--out", tmp_path / "run") == 0
+    options = ["--data", text, *TINY_RUN, "--torch-dtype", "bf16", "--steps", "1"]
+    assert _pretrain(*options, "--storage", "bf16+fp32", "--out", tmp_path / "run") == 0
     results = _results(tmp_path / "run")
     elements = results["parameters"]
     for contender, state_bytes in (("fused_optim", 8), ("torch", 4)):
@@ -94,7 +94,7 @@ def test_memory_is_measured(text: Path, tmp_path: Path) -> None:
 
 def test_activations_grow_with_the_batch() -> None:
     config = resolve(parse(TINY_RUN))
-    llama = model.build_model(config, "fp32", 0, torch.device("cpu"))
+    llama = model.build_model(config, 0)
     tokens = torch.zeros(8, 33, dtype=torch.int64)
     small, large = (model.activation_bytes(llama, tokens[:n]) for n in (4, 8))
     assert 1.9 < large / small <= 2.0
@@ -106,8 +106,8 @@ def test_activations_grow_with_the_batch() -> None:
         ("fused_optim", 3, signal.SIGTERM, ()),
         ("torch", 4, signal.SIGINT, ()),
         ("fused_optim", 10, signal.SIGINT, ("--optimizer", "sgd", "--weight-decay", "0.01")),
-        ("fused_optim", 5, signal.SIGINT, ("--optimizer", "lion", "--state-codec", "bf16")),
-        ("fused_optim", 5, signal.SIGINT, ("--param-dtype", "bf16", "--clip-grad-norm", "none")),
+        ("fused_optim", 5, signal.SIGINT, ("--optimizer", "lion", "--storage", "fp32+bf16")),
+        ("fused_optim", 5, signal.SIGINT, ("--storage", "sr+int4", "--clip-grad-norm", "none")),
     ],
 )
 def test_resuming_is_bit_exact(
@@ -153,7 +153,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def test_fp16_trains_with_a_loss_scale(text: Path, tmp_path: Path) -> None:
-    options = ["--data", text, *TINY_RUN, "--param-dtype", "fp16", "--compare", "none", "--lr", "1e-2"]
+    options = ["--data", text, *TINY_RUN, "--storage", "fp16", "--compare", "none", "--lr", "1e-2"]
     assert _pretrain(*options, "--out", tmp_path / "run") == 0
     losses = _results(tmp_path / "run")["runs"]["fused_optim"]["train_loss"]
     assert losses[-1] < losses[0] - 1.0
@@ -168,7 +168,7 @@ def test_schedule() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    llama = model.build_model(resolve(parse(TINY_RUN)), "fp32", 0, torch.device("cpu"))
+    llama = model.build_model(resolve(parse(TINY_RUN)), 0)
     decayed, others = model.decay_groups(llama, 0.1)
     assert {name for name, _ in others["params"]} == {
         "model.embed_tokens.weight",
@@ -251,11 +251,14 @@ def test_a_file_is_split_by_position(tmp_path: Path) -> None:
         (["--heads", "3"], "must be an even multiple of --heads 3"),
         (["--kv-heads", "3"], "must be a multiple of --kv-heads 3"),
         (["--warmup-steps", "700", "--decay-steps", "700", "--steps", "800"], "together exceed"),
-        (["--state-codec", "fp33"], "--state-codec fp33 is unknown; allowed: auto, fp32"),
-        (["--state-codec", "fp64"], "such parameters keep their states in fp32"),
+        (
+            ["--storage", "fp33"],
+            "--storage: storage 'fp33': parameters cannot be stored as 'fp33'; allowed: auto",
+        ),
+        (["--storage", "fp32+fp64"], "such parameters keep their states in fp32"),
         (["--backend", "cuda", "--device", "cpu"], "backend='cuda' cannot run here"),
         (["--clip-grad-norm", "much"], "invalid number (or none) value: 'much'"),
-        (["--param-dtype", "fp16"], "cannot be compared with torch"),
+        (["--torch-dtype", "fp16"], "torch cannot clip loss-scaled fp16 gradients"),
         (["--device", "tpu"], "is not a device"),
         (["--device", "meta"], "is not supported"),
         (["--out", "{folder}/done"], "holds a run already"),

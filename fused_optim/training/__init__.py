@@ -1,1 +1,5 @@
-"""Training with these optimizers; :mod:`fused_optim.training.pretrain` is all of it in one command."""
+"""Training with these optimizers: :func:`plan` says what fits, ``pretrain`` is all of it in one command."""
+
+from .planner import Memory, Plan, Storage, plan
+
+__all__ = ["Memory", "Plan", "Storage", "plan"]

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..kernels.codecs import CODECS
 from ..kernels.dispatch import BACKENDS
 from .data import UsageError
 from .model import DTYPES, PRESETS
 from .optimizers import OPTIMIZERS
+from .planner import Storage
 
 _FREE_ON_RESUME = {"resume", "out", "checkpoint_every"}
 
@@ -40,8 +40,8 @@ class PretrainConfig:
     weight_decay: float
     betas: list[float] | None
     momentum: float | None
-    param_dtype: str
-    state_codec: str
+    storage: str
+    torch_dtype: str
     backend: str
     clip_grad_norm: float | None
     warmup_steps: int
@@ -91,10 +91,15 @@ def build_parser() -> argparse.ArgumentParser:
         ("intermediate", "width of the MLP (default: as the preset; with --hidden, 8/3 of it)"),
     ):
         add(f"--{name}", type=int, metavar="N", help=what)
-    add("--param-dtype", choices=DTYPES, help="storage of parameters and gradients (default: fp32)")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=OPTIMIZERS, help="default: adamw")
-    add("--state-codec", metavar="NAME", help="storage of the states: auto (fp32) or a codec (default: auto)")
+    add(
+        "--storage",
+        metavar="PARAM+STATES",
+        help="how our optimizer keeps parameters and states, such as fp32, bf16+bf16, split8+int4; "
+        "python -m fused_optim list shows all codecs (default: split8+int8)",
+    )
+    add("--torch-dtype", choices=DTYPES, help="dtype of the model that torch trains (default: fp32)")
     add("--backend", choices=BACKENDS, help="default: auto")
     add("--lr", type=float, help="peak learning rate (default: the preset's, scaled for the optimizer)")
     add("--weight-decay", type=float, help="of matrices other than the token embedding")
@@ -183,8 +188,8 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
         "betas": None,
         "momentum": None,
         pair.moments: pair.default_moments,
-        "param_dtype": "fp32",
-        "state_codec": "auto",
+        "storage": "split8+int8",
+        "torch_dtype": "fp32",
         "backend": "auto",
         "clip_grad_norm": 1.0,
         "warmup_steps": steps // 20,
@@ -237,10 +242,10 @@ def _check(config: PretrainConfig) -> None:
         config.heads % config.kv_heads == 0,
         f"--heads {config.heads} must be a multiple of --kv-heads {config.kv_heads}",
     )
-    _require(
-        config.state_codec == "auto" or config.state_codec in CODECS,
-        f"--state-codec {config.state_codec} is unknown; allowed: auto, {', '.join(CODECS)}",
-    )
+    try:
+        Storage.parse(config.storage)
+    except ValueError as error:
+        raise UsageError(f"--storage: {error}") from None
     theirs = OPTIMIZERS[config.optimizer].theirs
     _require(
         config.compare == "none" or theirs is not None,
@@ -248,9 +253,9 @@ def _check(config: PretrainConfig) -> None:
     )
     # torch's clipping needs unscaled gradients, and GradScaler refuses to unscale fp16 ones.
     _require(
-        config.compare == "none" or config.param_dtype != "fp16" or config.clip_grad_norm is None,
-        "--param-dtype fp16 with clipping cannot be compared with torch, which cannot clip loss-scaled fp16 "
-        "gradients; give --compare none, --clip-grad-norm none, or bf16",
+        config.compare == "none" or config.torch_dtype != "fp16" or config.clip_grad_norm is None,
+        "--torch-dtype fp16: torch cannot clip loss-scaled fp16 gradients; give --clip-grad-norm none, "
+        "another dtype, or --compare none",
     )
 
 

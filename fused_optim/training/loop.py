@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..master import set_full_precision
+from ..optimizer import FusedOptimizer
 from .config import PretrainConfig
 from .data import Corpus, UsageError, training_batch, validation_batches
-from .model import activation_bytes, build_model, next_byte_loss, stored_bytes
-from .optimizers import build_optimizer, build_schedule, label
+from .model import DTYPES, activation_bytes, build_model, next_byte_loss, stored_bytes
+from .optimizers import build_optimizer, build_schedule, label, param_dtype
 
 _BAR_WINDOW = 20
 
@@ -77,17 +79,21 @@ class Trainer:
         self.config = config
         self.corpus = corpus
         self.device = torch.device(config.device)
-        self.model = build_model(config, config.param_dtype, config.seed, self.device)
+        dtype = param_dtype(contender, config)
+        self.model = build_model(config, config.seed)
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        self.model.to(self.device, DTYPES[dtype])
         try:
             self.optimizer = build_optimizer(contender, self.model, config)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
+        if isinstance(self.optimizer, FusedOptimizer):
+            for param, weight in zip(self.model.parameters(), weights, strict=True):
+                set_full_precision(self.optimizer, param, weight)
         self.schedule = build_schedule(self.optimizer, config)
         # fp16 gradients of a mean loss are mostly below fp16's range; disabled, a scaler does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.param_dtype == "fp16")
-        self.record = Record(
-            label(contender, config.optimizer), sum(p.numel() for p in self.model.parameters())
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
+        self.record = Record(label(contender, config), sum(p.numel() for p in self.model.parameters()))
         self._validation = validation_batches(corpus, config.batch_size, config.sequence_length)
 
     @property

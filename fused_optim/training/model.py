@@ -41,8 +41,11 @@ PRESETS = {
 }
 
 
-def build_model(shape: Any, param_dtype: str, seed: int, device: torch.device) -> nn.Module:
-    """A new LlamaForCausalLM whose weights depend on the seed alone, drawn on the CPU in fp32."""
+def build_model(shape: Any, seed: int) -> Any:
+    """A new LlamaForCausalLM on the CPU in fp32, whose weights depend on the seed alone.
+
+    Any: transformers decorates .to() in a way that type checkers misread.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -59,9 +62,7 @@ def build_model(shape: Any, param_dtype: str, seed: int, device: torch.device) -
         initializer_range=math.sqrt(2 / (5 * shape.hidden)),
         use_cache=False,
     )
-    # Any: transformers decorates .to() in a way that type checkers misread.
-    llama: Any = LlamaForCausalLM(config)
-    return llama.to(device, DTYPES[param_dtype])
+    return LlamaForCausalLM(config)
 
 
 def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -90,11 +91,17 @@ def bytes_of(tensors: Iterable[Any]) -> int:
 
 
 def stored_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer states as they lie in memory now."""
+    """Bytes of parameters, gradients and optimizer states as they lie in memory now.
+
+    Bits that a codec keeps beside the parameter itself count as parameters.
+    """
+    planes = list(chain.from_iterable(state.items() for state in optimizer.state.values()))
+    low_bits = [plane for name, plane in planes if name.startswith("param.")]
+    states = [plane for name, plane in planes if not name.startswith("param.")]
     return {
-        "parameters": bytes_of(model.parameters()),
+        "parameters": bytes_of(chain(model.parameters(), low_bits)),
         "gradients": bytes_of(p.grad for p in model.parameters()),
-        "states": bytes_of(chain.from_iterable(state.values() for state in optimizer.state.values())),
+        "states": bytes_of(states),
     }
 
 

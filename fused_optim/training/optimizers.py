@@ -11,7 +11,9 @@ from torch import nn
 
 import fused_optim
 
+from ..kernels.codecs import CODECS, OF_DTYPE
 from .model import decay_groups
+from .planner import Storage
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,16 @@ OPTIMIZERS = {
 """Lion's sign makes its updates larger than Adam's: a fifth of the lr, five times the decay."""
 
 
-def label(contender: str, optimizer: str) -> str:
+def label(contender: str, config: Any) -> str:
     """How a contender is called in tables and figures."""
-    pair = OPTIMIZERS[optimizer]
-    return f"{contender} {getattr(pair.ours, '__name__', optimizer)}"
+    name = getattr(OPTIMIZERS[config.optimizer].ours, "__name__", config.optimizer)
+    return f"{contender} {name} {config.torch_dtype if contender == 'torch' else config.storage}"
+
+
+def param_dtype(contender: str, config: Any) -> str:
+    """The dtype of the model that a contender trains, under its codec's name."""
+    codec = config.torch_dtype if contender == "torch" else Storage.parse(config.storage).param_codec
+    return "fp32" if codec == "auto" else OF_DTYPE[CODECS[codec].planes[0].dtype]
 
 
 def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.optim.Optimizer:
@@ -53,12 +61,15 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     if contender == "torch":
         assert pair.theirs is not None
         return pair.theirs(groups, lr=config.lr, fused=True, **moments)
+    storage = Storage.parse(config.storage)
     return pair.ours(
         groups,
         lr=config.lr,
-        state_codec=config.state_codec,
+        param_codec=storage.param_codec,
+        state_codec=storage.state_codec,
         clip_grad_norm=config.clip_grad_norm,
         backend=config.backend,
+        seed=config.seed,
         **moments,
     )
 

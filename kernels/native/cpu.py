@@ -70,7 +70,8 @@ def _forced_isa(name: str) -> Generator[None]:
 
 def lacks(codec: str) -> bool:
     """Whether the library has no such codec."""
-    return codec not in _cpu().library.codecs
+    opened = library.load("cpu")
+    return isinstance(opened, str) or codec not in opened.codecs
 
 
 def _check(error: int, bucket: Bucket) -> None:
@@ -82,19 +83,16 @@ def step(bucket: Bucket) -> None:
     """Updates every tensor of the bucket whose row is active."""
     cpu, cached = _cpu(), bucket.cache.get("native")
     if cached is None:
-        cached = cpu.library.rules[bucket.rule.name], cpu.library.codec_ids(bucket)
-        bucket.cache["native"] = cached
-    table, rows = bucket.table, bucket.rows
-    error = cpu.step(
-        *cached,
-        table.data_ptr(),
-        table.shape[1],
-        rows.data_ptr(),
-        rows.shape[1],
-        library.layouts_of(bucket),
-        torch.get_num_threads(),
-        cpu.isa,
-    )
+        cached = bucket.cache["native"] = (
+            cpu.library.rules[bucket.rule.name],
+            cpu.library.codec_ids(bucket),
+            bucket.table.data_ptr(),
+            bucket.table.shape[1],
+            bucket.rows.data_ptr(),
+            bucket.rows.shape[1],
+            library.layouts_of(bucket),
+        )
+    error = cpu.step(*cached, torch.get_num_threads(), cpu.isa)
     _check(error, bucket)
 
 

@@ -52,7 +52,8 @@ def unavailable() -> str | None:
 
 def lacks(codec: str) -> bool:
     """Whether the library has no such codec."""
-    return codec not in _cuda().library.codecs
+    opened = library.load("cuda")
+    return isinstance(opened, str) or codec not in opened.codecs
 
 
 def _run(function: Callable[..., int], bucket: Bucket, *arguments: Any) -> None:

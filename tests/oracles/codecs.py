@@ -40,3 +40,10 @@ def nearest(codec: str, values: Array) -> Array:
     pattern = np.where(to_above < to_below, above, np.where(to_below < to_above, below, even))
     pattern = pattern | (np.signbit(values).astype(pattern.dtype) << 15)
     return np.where(np.isnan(values), -1, pattern)
+
+
+def nearest_in(ladder: Array, values: Array) -> Array:
+    """The entry of an ascending ladder that is nearest to each value."""
+    above = np.clip(np.searchsorted(ladder, values), 1, len(ladder) - 1)
+    low, high = ladder[above - 1], ladder[above]
+    return np.where(values - low <= high - values, low, high)

@@ -1,0 +1,92 @@
+"""Parameters and states in full precision, whatever codec stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import states
+from .kernels.spec import Codec
+from .optimizer import FusedOptimizer
+from .storage import complete_state
+
+
+def _codec(optimizer: FusedOptimizer, param: Tensor, name: str) -> Codec:
+    place = next(((g, i) for g, i, p in optimizer._parameters() if p is param), None)
+    if place is None:
+        raise ValueError("the tensor is not a parameter of this optimizer; pass the parameter itself")
+    key = optimizer._key(*place, param)
+    codecs = {"param": key.param}
+    codecs |= {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
+    if name not in codecs:
+        raise ValueError(f"{name!r} is not kept by {type(optimizer).__name__}; allowed: {', '.join(codecs)}")
+    return codecs[name]
+
+
+@torch.no_grad()
+def full_precision(optimizer: FusedOptimizer, param: Tensor, name: str = "param") -> Tensor:
+    """A copy of a parameter's values, or of one of its states', as the rule sees them.
+
+    Args:
+        optimizer: which updates the parameter.
+        param: one of its parameters.
+        name: ``"param"`` for the weights with every bit of their codec, or a state such as ``"exp_avg"``.
+
+    Returns:
+        A tensor like the parameter in fp32 (float64 and complex parameters: in their own dtype).
+
+    Raises:
+        ValueError: a tensor or a name that the optimizer does not know, or a state before the first step.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        >>> optimizer = fused_optim.SGD([weight], lr=1e-4, param_codec="bf16_split16")
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> weight[0].item(), round(fused_optim.full_precision(optimizer, weight)[0].item(), 6)
+        (1.0, 0.9999)
+    """
+    codec = _codec(optimizer, param, name)
+    planes = {**optimizer.state.get(param, {}), "param": param}
+    if name == "param" and any("param" + plane.suffix not in planes for plane in codec.planes):
+        return states.decode(param, planes, name, states.plain_codec(param))
+    if name not in planes:
+        raise ValueError(f"the parameter has no {name!r} yet; it comes with the first step")
+    return states.decode(param, planes, name, codec)
+
+
+@torch.no_grad()
+def set_full_precision(optimizer: FusedOptimizer, param: Tensor, values: Tensor) -> None:
+    """Writes weights with every bit that the parameter's codec keeps.
+
+    Assigning to the parameter itself leaves the bits below its dtype as they were: use this after
+    loading fp32 weights, averaging or clamping them.
+
+    Args:
+        optimizer: which updates the parameter.
+        param: one of its parameters; changed in place.
+        values: of its shape, in any float dtype.
+
+    Raises:
+        ValueError: a tensor that the optimizer does not know, or values of another shape.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+        >>> optimizer = fused_optim.SGD([weight], param_codec="bf16_split16")
+        >>> fused_optim.set_full_precision(optimizer, weight, torch.full((4,), 0.1))
+        >>> round(fused_optim.full_precision(optimizer, weight)[0].item(), 6)
+        0.1
+    """
+    codec = _codec(optimizer, param, "param")
+    if values.shape != param.shape:
+        raise ValueError(f"values of shape {tuple(values.shape)} for a parameter of {tuple(param.shape)}")
+    planes = states.encode(param, values, "param", codec)
+    param.copy_(planes.pop("param"))
+    if planes:
+        group, position = next((g, i) for g, i, p in optimizer._parameters() if p is param)
+        key = optimizer._key(group, position, param)
+        complete_state(optimizer.state[param], param, key.rule, key.param, key.states)
+        for name, plane in planes.items():
+            optimizer.state[param][name].copy_(plane)

@@ -1,0 +1,194 @@
+"""Codecs with a scale per block: maps, nearest encoding by brute force, exact repetition, error bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fused_optim.kernels import lookup
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.reference.blocks import BLOCK_CODECS, BlockCodec
+from tests.oracles.block_codecs import VALUES, distance_to_nearest, dynamic_map
+
+SCALES = (2.0**-126, 1e-30, 0.37, 1.0, 3e7, 2.0**127, 3e38)
+BLOCKS = pytest.mark.parametrize("codec", BLOCK_CODECS.values(), ids=lambda codec: codec.name)
+
+
+def _written_codes(codec: BlockCodec) -> Tensor:
+    """Every code that encoding may give, as decoding reads it."""
+    codes = torch.arange(256 if CODECS[codec.name].planes[0].per == 1 else 16)
+    codes = codes[torch.from_numpy(~np.isnan(VALUES[codec.name]))]
+    return codes.to(torch.int8).int() if codec.name == "int8_companded" else codes.int()
+
+
+def _index(codes: Tensor) -> np.ndarray:
+    return codes.numpy() & 255
+
+
+def _table(codec: BlockCodec) -> np.ndarray:
+    """What each code stands for, as stored: the definition rounded to fp32."""
+    table = np.full(len(VALUES[codec.name]), np.nan)
+    codes = _written_codes(codec)
+    table[_index(codes)] = codec.value(codes).double()
+    return table
+
+
+def _is_signed(codec: BlockCodec) -> bool:
+    return not codec.name.endswith("_unsigned")
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_dynamic_maps_are_the_papers_and_bitsandbytes(signed: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    ours = lookup.dynamic_map(signed)
+    assert len(set(ours.tolist())) == 256
+    np.testing.assert_allclose(ours, dynamic_map(signed), rtol=3e-7)
+    assert np.array_equal(ours, functional.create_dynamic_map(signed).numpy())
+
+
+@BLOCKS
+def test_codes_stand_for_their_values(codec: BlockCodec) -> None:
+    codes = _written_codes(codec)
+    np.testing.assert_allclose(codec.value(codes).double(), VALUES[codec.name][_index(codes)], rtol=3e-7)
+
+
+@BLOCKS
+@pytest.mark.parametrize("scale", SCALES, ids="{:.0e}".format)
+def test_a_code_comes_back_under_the_same_scale(codec: BlockCodec, scale: float) -> None:
+    codes, scale_ = _written_codes(codec), torch.tensor(scale)
+    values = codec.value(codes) * scale_
+    again = codec.code(values * (torch.ones(()) / scale_))
+    zero = codec.value(codes) == 0
+    assert torch.equal(again[~zero], codes[~zero])
+    assert (codec.value(again[zero]) == 0).all()
+
+
+def _blocks_of_every_code(codec: BlockCodec, scale: float) -> Tensor:
+    """Decoded blocks in which every code occurs beside the one that the scale stands for."""
+    block = CODECS[codec.name].block
+    codes = _written_codes(codec)
+    values = codec.value(codes) * torch.tensor(scale).to(_scale_dtype(codec)).float()
+    rows = -(-len(values) // (block - 1))
+    largest = codec.value(codes).abs().max() * torch.tensor(scale).to(_scale_dtype(codec)).float()
+    padding = largest.expand(rows * (block - 1) - len(values))
+    return torch.cat([torch.cat([values, padding]).view(rows, -1), largest.expand(rows, 1)], 1).flatten()
+
+
+def _scale_dtype(codec: BlockCodec) -> torch.dtype:
+    return getattr(torch, CODECS[codec.name].planes[1].dtype)
+
+
+@BLOCKS
+@pytest.mark.parametrize("scale", SCALES[:-1], ids="{:.0e}".format)
+def test_decoded_blocks_are_encoded_as_before(codec: BlockCodec, scale: float) -> None:
+    """Also without the scale, because the largest value of a block is stored exactly."""
+    values = _blocks_of_every_code(codec, scale)
+    planes = codec.encode(values)
+    decoded = codec.decode([plane.flatten() for plane in planes])[: len(values)]
+    assert torch.equal(decoded, values)
+    again = codec.encode(decoded)
+    assert all(torch.equal(a, b) for a, b in zip(planes, again, strict=True))
+
+
+def test_a_block_led_by_a_negative_value_shrinks_under_bitsandbytes_map() -> None:
+    """Its map has no -1: the documented exception, which checkpoints avoid by carrying scales."""
+    codec, values = BLOCK_CODECS["int8"], torch.tensor([-1.0, 0.5, 0.25])
+    once = codec.decode(codec.encode(values))
+    assert once[0].item() == pytest.approx(-0.99297, abs=1e-5)
+    four_bits = BLOCK_CODECS["int4"]
+    assert four_bits.decode(four_bits.encode(values))[0].item() == -1.0
+
+
+def _probes(codec: BlockCodec) -> Tensor:
+    """Normalised values: a fine grid, all decades, and the fp32 numbers around every boundary."""
+    rng = np.random.default_rng(1)
+    table = VALUES[codec.name]
+    ladder = np.sort(np.abs(table[~np.isnan(table)]))
+    edges = ((ladder[1:] + ladder[:-1]) / 2).astype(np.float32)
+    near = [edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(2))]
+    decades = 10.0 ** -rng.uniform(0, 9, 20_000)
+    points = np.concatenate([*near, decades, np.linspace(0, 1, 50_001), ladder]).astype(np.float32)
+    points = points[points <= 1]
+    return torch.from_numpy(np.concatenate([points, -points]) if _is_signed(codec) else points)
+
+
+@BLOCKS
+def test_encoding_takes_the_nearest_code(codec: BlockCodec) -> None:
+    n = _probes(codec)
+    codes = codec.code(n)
+    given, least = distance_to_nearest(codec.name, _table(codec), n.numpy(), _index(codes))
+    # All others round on the way to their code: the value itself, or a boundary.
+    computed = codec.name not in ("int8", "int8_unsigned")
+    allowed = least + 3e-7 * computed
+    kept = (given > allowed) & (n.numpy() > 0) & (_index(codes) == 1)
+    assert not _is_signed(codec) or not kept.any()
+    wrong = (given > allowed) & ~kept
+    assert not wrong.any(), f"{n[torch.from_numpy(wrong)][:5].tolist()} are not encoded as the nearest"
+
+
+@BLOCKS
+def test_encoding_is_monotone(codec: BlockCodec) -> None:
+    n = _probes(codec).unique()
+    values = codec.value(codec.code(n))
+    assert (values[1:] >= values[:-1]).all()
+
+
+@BLOCKS
+@pytest.mark.parametrize("seed", range(3))
+def test_the_error_stays_below_the_catalogues_bound(codec: BlockCodec, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = 40 * CODECS[codec.name].block
+    x = torch.randn(size, generator=generator) * 10 ** torch.empty(size).uniform_(-6, 3, generator=generator)
+    x = x if _is_signed(codec) else x.abs()
+    decoded = codec.decode(codec.encode(x))
+    blocks, error = x.view(40, -1), (decoded - x).abs().view(40, -1)
+    bound = CODECS[codec.name].relative_error
+    assert (error <= bound * blocks.abs().amax(1, keepdim=True)).all()
+    assert (error.amax(1) > 0.1 * bound * blocks.abs().amax(1)).any(), "a bound that is never felt"
+
+
+@BLOCKS
+def test_a_positive_second_moment_never_becomes_zero(codec: BlockCodec) -> None:
+    if _is_signed(codec):
+        pytest.skip("a first moment may")
+    x = torch.tensor([1.0, *(10.0**-e for e in range(1, 30)), 0.0])
+    decoded = codec.decode(codec.encode(x))[: len(x)]
+    assert (decoded[:-1] > 0).all()
+    # The four-bit code has no zero at all; what it keeps instead is next to nothing.
+    assert decoded[-1] <= (2e-5 if codec.name == "int4_unsigned" else 0)
+
+
+@BLOCKS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_visible(codec: BlockCodec, value: float) -> None:
+    block = CODECS[codec.name].block
+    x = torch.ones(3 * block)
+    x[block + 5] = value
+    planes = codec.encode(x)
+    decoded = codec.decode(planes)
+    assert (decoded[:block] == 1).all() and (decoded[2 * block :] == 1).all()
+    assert not decoded[block : 2 * block].isfinite().any()
+    again = codec.encode(decoded)
+    assert not codec.decode(again)[block : 2 * block].isfinite().any()
+
+
+@BLOCKS
+def test_blocks_of_zeros_and_denormals_are_zero(codec: BlockCodec) -> None:
+    for x in (torch.zeros(300), torch.full((300,), 1e-40), -torch.zeros(300)):
+        decoded = codec.decode(codec.encode(x))[:300]
+        assert (decoded == 0).all()
+
+
+@BLOCKS
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 127, 129, 255, 257])
+def test_short_last_blocks(codec: BlockCodec, size: int) -> None:
+    x = torch.linspace(0.1, 1, size)
+    planes = codec.encode(x)
+    for plane, spec in zip(planes, CODECS[codec.name].planes, strict=True):
+        assert plane.numel() == -(-size // spec.per)
+    whole = codec.encode(torch.nn.functional.pad(x, (0, 256 - size % 256)))
+    for plane, longer in zip(planes, whole, strict=True):
+        assert torch.equal(plane, longer.flatten()[: plane.numel()]) or CODECS[codec.name].planes[0].per == 2
+    assert (codec.decode(planes)[:size] - x).abs().max() <= CODECS[codec.name].relative_error * x.abs().max()

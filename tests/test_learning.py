@@ -1,0 +1,51 @@
+"""Learning, not only arithmetic: a small Llama on real text ends where fp32 ends, whatever stores it."""
+
+from __future__ import annotations
+
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fused_optim.training.config import parse, resolve
+from fused_optim.training.data import Corpus, load_corpus
+from fused_optim.training.loop import Interrupt, Trainer
+
+MODEL = ["--hidden", "64", "--layers", "1", "--heads", "2", "--sequence-length", "64", "--batch-size", "8"]
+TRAINING = ["--steps", "150", "--eval-every", "150", "--lr", "5e-3", "--device", "cpu", "--compare", "none"]
+
+GAPS = {
+    "fp32+int8": 0.005,
+    "fp32+int8_companded": 0.005,
+    "fp32+fp8": 0.005,
+    "split16": 0.005,
+    "split8+int8": 0.005,
+    "split8+int8_companded": 0.005,
+    "kahan+int8": 0.005,
+    "sr+sr": 0.015,
+    "fp32+int4": 0.015,
+    "split8+int4": 0.015,
+}
+"""Storage and how much larger than with fp32 everywhere the validation loss may be, relatively."""
+
+
+@cache
+def _corpus() -> Corpus:
+    return load_corpus(str(Path(sysconfig.get_paths()["stdlib"]) / "json"), "*.py")
+
+
+@cache
+def _validation_loss(storage: str, optimizer: str = "adamw") -> float:
+    options = ["--storage", storage, "--optimizer", optimizer]
+    trainer = Trainer("fused_optim", resolve(parse([*MODEL, *TRAINING, *options])), _corpus())
+    assert trainer.run(Interrupt(), lambda _: None, show_bar=False)
+    return trainer.record.validation[-1][1]
+
+
+@pytest.mark.xdist_group("learning")
+@pytest.mark.parametrize("storage", GAPS)
+def test_storage_learns_like_fp32(storage: str) -> None:
+    reference, loss = _validation_loss("fp32"), _validation_loss(storage)
+    assert reference < 2.6, "a model that learns nothing proves nothing"
+    assert loss <= (1 + GAPS[storage]) * reference

@@ -17,14 +17,15 @@ struct Storage {
   uint32_t bits[2];
   // Elements to a scale, as a power of two.
   int32_t block_shift;
-  bool lookup, random;
+  bool lookup, random, signed_scale;
 };
 
 template <class Codec>
 constexpr Storage storage_of(int32_t id) {
-  Storage storage{id,           0, {Codec::bits(0), Codec::planes > 1 ? Codec::bits(1) : 0}, 0, Codec::lookup,
-                  Codec::random};
+  Storage storage{id, 0, {Codec::bits(0)}, 0, Codec::lookup, Codec::random, false};
+  if (Codec::planes > 1) storage.bits[1] = Codec::bits(1);
   while (Codec::block >> storage.block_shift > 1) ++storage.block_shift;
+  if constexpr (Codec::block > 1) storage.signed_scale = Codec::signed_scale;
   return storage;
 }
 #define FO_STORAGE(codec) storage_of<codec>(id_##codec),
@@ -170,52 +171,36 @@ FO_INLINE void encode_each(const Place& place, const Stream& stream, uint32_t sl
   for (int e = 0; e < EIGHT; ++e) Codec::encode(x[e], RandomElement<Codec>{{words, e}, drawn});
 }
 
-// Over the lanes that hold one block.
-template <int LANES>
-FO_INLINE uint32_t largest(uint32_t x) {
-  if constexpr (LANES == 32) {
-    return __reduce_max_sync(~0u, x);
-  } else {
-#pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) {
-      uint32_t other = __shfl_xor_sync(~0u, x, distance);
-      x = x > other ? x : other;
-    }
-    return x;
-  }
-}
-
-// Every thread of the warp must be here.
-template <class Codec>
-FO_INLINE Scaling<Codec> scaling_of(const F* x) {
-  // A sign that counts stands below the magnitude, so that one maximum finds both.
-  constexpr int shift = Codec::signed_scale;
+// Every thread of the warp must be here. One piece of code for all codecs, because its division has a call.
+FO_INLINE AnyScaling scaling_of(const Storage& storage, const F* x) {
+  // A sign stands below the magnitude, so that one maximum finds both.
   uint32_t key = 0;
 #pragma unroll
   for (int e = 0; e < EIGHT; ++e) {
-    uint32_t own = magnitude(x[e]) << shift | (shift & ~as_bits(x[e]) >> 31);
+    uint32_t own = magnitude(x[e]) << 1 | (~as_bits(x[e]) >> 31);
     key = key > own ? key : own;
   }
-  key = largest<Codec::block / EIGHT>(key);
-  return Scaling<Codec>(key >> shift, key & 1 ? key >> shift : 0);
+#pragma unroll 1
+  for (int distance = 1 << storage.block_shift >> 4; distance > 0; distance /= 2) {
+    uint32_t other = __shfl_xor_sync(~0u, key, distance);
+    key = key > other ? key : other;
+  }
+  U top = key >> 1, positive = key & 1 ? top : 0x80000000u;
+  return AnyScaling(top, positive, storage.bits[1] == 16, storage.signed_scale);
 }
 
 template <class Codec>
-FO_INLINE void encode_block(const Place& place, const char* lookup, F* x, Words<EIGHT>& words) {
-  if (!place.vectors) {
-    // What a rule made of elements that are none must not count.
-#pragma unroll
-    for (int e = 0; e < EIGHT; ++e) x[e] = e < place.count ? x[e] : 0;
-  }
-  auto scaling = scaling_of<Codec>(x);
+FO_INLINE void encode_block(const AnyScaling& scaling, const char* lookup, int count, const F* x,
+                            Words<EIGHT>& words) {
   constexpr int bits = Codec::bits(0), each = 32 / bits;
   U codes[EIGHT / each] = {};
 #pragma unroll
   for (int e = 0; e < EIGHT; ++e) {
-    codes[e / each] |= Codec::code(scaling.normalised(x[e]), lookup) << e % each * bits;
+    U code = Codec::code(scaling.normalised(x[e]), lookup) & ((1u << bits) - 1);
+    codes[e / each] |= code << e % each * bits;
   }
   // The half of a byte behind the last element is zero.
-  if (bits == 4 && place.count < EIGHT) codes[0] &= (1u << 4 * place.count) - 1;
+  if (bits == 4 && count < EIGHT) codes[0] &= (1u << 4 * count) - 1;
 #pragma unroll
   for (int i = 0; i < EIGHT / each; ++i) words.word[i] = codes[i];
   words.word[4] = as_bits(scaling.scale) >> (32 - Codec::bits(1));
@@ -256,15 +241,21 @@ FO_INLINE void decode_state(const Slot& slot, Words<EIGHT>& words, F* x) {
     }
   });
 }
-FO_INLINE void encode_state(const Slot& slot, int state, const Place& place, const Stream& stream, F* x,
-                            Words<EIGHT>& words) {
-  with_codec(slot.codec, [&](auto c) {
-    if constexpr (decltype(c)::block == 1) {
-      encode_each<decltype(c)>(place, stream, 1 + state, x, words);
-    } else {
-      encode_block<decltype(c)>(place, slot.lookup, x, words);
-    }
-  });
+FO_INLINE void encode_state(const Storage& storage, const Slot& slot, int state, const Place& place,
+                            const Stream& stream, F* x, Words<EIGHT>& words) {
+  if (storage.block_shift == 0) {
+    with_elementwise(slot.codec,
+                     [&](auto c) { encode_each<decltype(c)>(place, stream, 1 + state, x, words); });
+    return;
+  }
+  if (!place.vectors) {
+    // What a rule made of elements that are none must not count.
+#pragma unroll
+    for (int e = 0; e < EIGHT; ++e) x[e] = e < place.count ? x[e] : 0;
+  }
+  AnyScaling scaling = scaling_of(storage, x);
+  with_block(slot.codec,
+             [&](auto c) { encode_block<decltype(c)>(scaling, slot.lookup, place.count, x, words); });
 }
 
 }  // namespace

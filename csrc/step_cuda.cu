@@ -196,7 +196,7 @@ FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Pla
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) {
     Words<EIGHT> words;
-    encode_state(slots.states[i], i, place, task.stream, values.s[i], words);
+    encode_state(storages[2 + i], slots.states[i], i, place, task.stream, values.s[i], words);
     move<PUT>(storages[2 + i], slots.states[i], place, Lie{}, words);
   }
   // Last, when the division of indices has registers again.
@@ -205,19 +205,12 @@ FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Pla
   move<PUT>(storages[0], slots.param, place, task.of_param, words);
 }
 
-// As many as need no memory for registers.
-constexpr int coded_blocks_in_flight(int slots) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  constexpr int blocks[] = {6, 6, 5, 4};
-#else
-  constexpr int blocks[] = {6, 6, 5, 4};
-#endif
-  return blocks[slots];
-}
+// As many as leave every architecture's compiler enough registers, by the number of states.
+constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
 
 // Tensors of any codecs. All threads of a block make every round, because they ask each other for maxima.
 template <class Rule>
-__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight(Rule::slots))
+__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
     step_coded_kernel(const __grid_constant__ Launch launch) {
   int2 tile = launch.tiles[blockIdx.x];
   const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;

@@ -22,11 +22,17 @@ _FORMAT = 1
 
 
 def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is stored, with step counts that have memory of their own."""
-    state = {
-        index: {key: value.clone() if key == "step" else value for key, value in entry.items()}
-        for index, entry in state_dict["state"].items()
-    }
+    """The state as it is stored, with step counts that have memory of their own.
+
+    Blocks that share a scale cannot be cut anew for another number of ranks, so a DTensor's are decoded;
+    loading encodes them again.
+    """
+    places = dict(enumerate(optimizer._parameters()))
+    state: dict[Any, Any] = {}
+    for index, entry in state_dict["state"].items():
+        sharded = index in places and storage.is_dtensor(places[index][2])
+        kept = _without_blocks(optimizer, *places[index]) if sharded else entry
+        state[index] = {key: value.clone() if key == "step" else value for key, value in kept.items()}
     # A function cannot be saved safely, and a checkpoint does not decide about storage anyway.
     groups = [
         {key: value for key, value in group.items() if key != "keep_fp32" or not callable(value)}
@@ -51,6 +57,18 @@ def _orders(optimizer: FusedOptimizer) -> dict[int, list[int]]:
 
 def _memory_order(param: Tensor) -> list[int]:
     return sorted(range(param.ndim), key=param.stride, reverse=True)
+
+
+def _without_blocks(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -> dict[str, Any]:
+    """A parameter's state whose codes of 8 and 4 bits are decoded."""
+    entry, key = dict(optimizer.state[param]), optimizer._key(group, position, param)
+    for slot, codec in zip(key.rule.slots, key.states, strict=True):
+        if codec.block > 1 and slot.name in entry:
+            value = states.decode(param, entry, slot.name, codec)
+            for plane in codec.planes:
+                del entry[slot.name + plane.suffix]
+            entry[slot.name] = value
+    return entry
 
 
 def pack_portable(

@@ -71,7 +71,7 @@ def _copy(
     """
     state: dict[str, Tensor] = {}
     for plane in planes:
-        value, shape = entry[key + plane.suffix], plane_shape(plane, param.shape)
+        value, shape = entry[key + plane.suffix], plane_shape(plane, param)
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state {key + plane.suffix!r} of {name} has shape {tuple(value.shape)} in the state dict, "
@@ -169,6 +169,12 @@ def load(
             f"{now.param.name!r}; construct it with the same param_codec, or save with "
             "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
         )
+    for slot, source in zip(rule.slots, sources, strict=True):
+        if saved is not None and source is None:
+            raise ValueError(
+                f"the state dict does not hold {slot.name!r} of {name} as its own options say (names and "
+                "dtypes of codes and scales): it is damaged"
+            )
     state: dict[str, Any] = {}
     if entry.get("step") is not None:
         state["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().reshape(()).clone()

@@ -160,11 +160,6 @@ def state_codecs(
             )
         exempt = codec == "auto" or (full and CODECS[codec].block > 1)
         chosen.append(CODECS[default] if exempt else for_slot(codec, slot.signed))
-        if chosen[-1].block > 1 and is_dtensor(param):
-            raise ValueError(
-                f"state_codec={codec!r} for {slot.name} of {name}: blocks that share a scale cannot be split "
-                "with a DTensor yet; use 'bf16', 'bf16_sr' or 'fp32', or keep_fp32 for this parameter"
-            )
     return tuple(chosen)
 
 
@@ -179,16 +174,16 @@ def _plane_dtype(param: Tensor, plane: Plane) -> torch.dtype:
     return param.dtype if param.is_complex() else getattr(torch, plane.dtype)
 
 
-def plane_shape(plane: Plane, shape: torch.Size) -> tuple[int, ...]:
-    """A parameter's shape, or a vector where values share an entry."""
-    return tuple(shape) if plane.per == 1 else (-(-shape.numel() // plane.per),)
+def plane_shape(plane: Plane, param: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, or, where values share an entry, a vector for what this rank holds of it."""
+    return tuple(param.shape) if plane.per == 1 else (-(-local_view(param).numel() // plane.per),)
 
 
 def empty_plane(param: Tensor, plane: Plane) -> Tensor:
     """Zeros: in the parameter's shape and memory order, or a vector where values share an entry."""
     dtype = _plane_dtype(param, plane)
     if plane.per > 1:
-        return torch.zeros(plane_shape(plane, param.shape), dtype=dtype, device=param.device)
+        return torch.zeros(plane_shape(plane, param), dtype=dtype, device=param.device)
     out = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
     assert follows(local_view(out), local_view(param))
     return out
@@ -225,7 +220,7 @@ def check_state(
         value = state.get(key)
         if value is None:
             continue
-        expected, shape = _plane_dtype(param, plane), plane_shape(plane, param.shape)
+        expected, shape = _plane_dtype(param, plane), plane_shape(plane, param)
         if value.dtype != expected or value.device != param.device or tuple(value.shape) != shape:
             raise ValueError(
                 f"state {key!r} of {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "

@@ -28,12 +28,12 @@ CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("fp32", (Plane("", "float32", 32),)),
-        Codec("bf16", (_BF16,), relative_error=2.0**-9),
+        Codec("bf16", (_BF16,), relative_error=2.0**-8),
         Codec("fp16", (_FP16,), relative_error=2.0**-11),
         Codec("fp64", (Plane("", "float64", 64),), compute="float64"),
-        Codec("bf16_sr", (_BF16,), relative_error=2.0**-8, random=True),
+        Codec("bf16_sr", (_BF16,), relative_error=2.0**-7, random=True),
         Codec("bf16_kahan", (_BF16, Plane(".compensation", "bfloat16", 16)), relative_error=2.0**-17),
-        Codec("fp16_kahan", (_FP16, Plane(".compensation", "float16", 16)), relative_error=2.0**-22),
+        Codec("fp16_kahan", (_FP16, Plane(".compensation", "float16", 16)), relative_error=2.0**-23),
         Codec("bf16_split8", (_BF16, Plane(".lo", "int8", 8)), relative_error=2.0**-16),
         Codec("bf16_split16", (_BF16, Plane(".lo", "int16", 16))),
         _blocks("int8", _BYTE, 256, "float32", 0.0071, "int8_unsigned", "dynamic_signed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import torch.multiprocessing as mp
 import fused_optim
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
-CLASSES = {
+CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (fused_optim.AdamW, {"amsgrad": True}),
     "lion": (fused_optim.Lion, {"state_codec": "bf16", "weight_decay": 0.1}),
     "sgd": (fused_optim.SGD, {"momentum": 0.9}),
+    "lion-split": (fused_optim.Lion, {"param_codec": "bf16_split16"}),
 }
+BLOCKS = ("int8", "int8_companded", "int4")
 
 
 def _train(param: torch.nn.Parameter, gradients: list[torch.Tensor], name: str) -> None:
@@ -32,6 +35,46 @@ def _train(param: torch.nn.Parameter, gradients: list[torch.Tensor], name: str) 
             optimizer = resumed
 
 
+def _check_blocks(mesh: Any) -> None:
+    """Blocks of a shard are its own; a checkpoint has none, and loads under another sharding."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(1)
+    weight, gradient = torch.randn(90, 70), torch.randn(90, 70)
+    for codec in BLOCKS:
+        params = {}
+        for placement in (Shard(0), Shard(1), Replicate()):
+            param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [placement]))
+            optimizer = fused_optim.AdamW([param], lr=0.1, state_codec=codec)
+            param.grad = distribute_tensor(gradient.clone(), mesh, [placement])
+            optimizer.step()
+            params[placement] = param, optimizer, optimizer.state_dict()
+        for param, _, saved in params.values():
+            entry = saved["state"][0]
+            assert set(entry) == {"step", "exp_avg", "exp_avg_sq"} and entry["exp_avg"].shape == (90, 70)
+            first = next(iter(params.values()))[0]
+            assert torch.equal(param.detach().full_tensor(), first.detach().full_tensor())
+            for slot, scale in (("exp_avg", 0.1), ("exp_avg_sq", 1e-3)):
+                exact = scale * (gradient if slot == "exp_avg" else gradient.square())
+                error = (entry[slot].full_tensor() - exact).abs().max()
+                assert error <= 0.13 * exact.abs().max(), (codec, slot)
+        _, _, saved = params[Shard(0)]
+        _, other, _ = params[Shard(1)]
+        resharded = {**saved, "state": {0: {key: _moved(v, mesh) for key, v in saved["state"][0].items()}}}
+        other.load_state_dict(resharded)
+        again = other.state_dict()["state"][0]
+        for slot in ("exp_avg", "exp_avg_sq"):
+            before, after = saved["state"][0][slot].full_tensor(), again[slot].full_tensor()
+            assert (before - after).abs().max() <= 0.13 * before.abs().max()
+        other.step()
+
+
+def _moved(value: torch.Tensor, mesh: Any) -> Any:
+    from torch.distributed.tensor import DTensor, Shard
+
+    return value.redistribute(mesh, [Shard(1)]) if isinstance(value, DTensor) else value
+
+
 def _worker(rank: int, port: int) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -43,12 +86,15 @@ def _worker(rank: int, port: int) -> None:
     weight = torch.randn(ROWS, COLUMNS)
     gradients = [torch.randn(ROWS, COLUMNS) for _ in range(4)]
     for name in CLASSES:
-        whole = torch.nn.Parameter(weight.clone())
-        _train(whole, gradients, name)
+        dtype = torch.bfloat16 if "param_codec" in CLASSES[name][1] else torch.float32
+        own, grads = weight.to(dtype), [gradient.to(dtype) for gradient in gradients]
+        whole = torch.nn.Parameter(own.clone())
+        _train(whole, [gradient.clone() for gradient in grads], name)
         for placement in (Shard(0), Shard(1), Replicate()):
-            shard = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [placement]))
-            _train(shard, [distribute_tensor(g, mesh, [placement]) for g in gradients], name)
+            shard = torch.nn.Parameter(distribute_tensor(own.clone(), mesh, [placement]))
+            _train(shard, [distribute_tensor(g, mesh, [placement]) for g in grads], name)
             assert torch.equal(shard.detach().full_tensor(), whole.detach()), (name, placement)
+    _check_blocks(mesh)
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param], clip_grad_norm=1.0)
     param.grad = distribute_tensor(gradients[0], mesh, [Shard(0)])

@@ -15,6 +15,8 @@ CLASSES = {
     "adamw": (fused_optim.AdamW, {"weight_decay": 0.1}),
     "adam-amsgrad": (fused_optim.Adam, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
     "lion": (fused_optim.Lion, {"weight_decay": 0.1}),
+    "lion-random": (fused_optim.Lion, {"state_codec": "bf16_sr", "seed": 0xF0000001}),
+    "adamw-blocks": (fused_optim.AdamW, {"state_codec": "int8", "keep_fp32": 0}),
     "sgd": (fused_optim.SGD, {"lr": 0.1}),
     "sgd-dampening": (fused_optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
     "sgd-nesterov": (fused_optim.SGD, {"momentum": 0.9, "nesterov": True}),

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_optim
-from fused_optim import FusedOptimizer, storage
-from fused_optim.kernels.rules import RULES
+from fused_optim import FusedOptimizer
 from fused_optim.kernels.spec import Rule
 from fused_optim.precision import keep_fp32
 from fused_optim.training import Memory, Storage, plan, plan_report
@@ -256,16 +255,6 @@ def test_torchao_stores_ragged_tensors_plainly() -> None:
     assert [four.stored([n]) for n in (4095, 4096, 4224)] == [8190, 2048 + 32 * 4 + 64, 2112 + 33 * 4 + 64]
     flash = PEERS["FlashOptim AdamW 24-bit"].state
     assert [flash.stored([n]) for n in (1, 32, 33)] == [3, 34, 37]
-
-
-def test_dtensor_note_is_still_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once sharded parameters take states in blocks, the planner's note must go."""
-    group = {"state_codec": "int8", "keep_fp32": 0}
-    with monkeypatch.context() as patched, pytest.raises(ValueError, match="blocks that share a scale"):
-        patched.setattr(storage, "is_dtensor", lambda tensor: True)
-        storage.state_codecs("weight", "weight", torch.ones(5000), group, RULES["adam"])
-    assert any("FSDP2" in note for note in plan({"a": (3,)}, gpus=2, shard="all").notes)
-    assert not any("FSDP2" in note for note in plan({"a": (3,)}, gpus=2, shard="states").notes)
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ class _Counter:
     def _plane(self, param: Tensor, plane: Plane) -> int:
         key = param.shape, param.dtype, plane
         if key not in self.sizes:
-            shape = stored.plane_shape(plane, param.shape)
+            shape = stored.plane_shape(plane, param)
             self.sizes[key] = math.prod(shape) * stored._plane_dtype(param, plane).itemsize
         return self.sizes[key]
 
@@ -383,9 +383,5 @@ def _notes(shard: str, storages: Sequence[Storage], peers: bool) -> tuple[str, .
     if any(storage.param_codec == "bf16" for storage in storages):
         notes.append(
             "Plain bf16 weights lose updates smaller than their last bit; sr, kahan and split keep them."
-        )
-    if shard == "all":
-        notes.append(
-            "Shards count as plain tensors: this version keeps no 8- or 4-bit states of DTensors (FSDP2)."
         )
     return tuple(notes)

@@ -142,7 +142,7 @@ ROUNDED float __fmul_rn(float a, float b) { return a * b; }
 ROUNDED float __fadd_rn(float a, float b) { return a + b; }
 ROUNDED float __fsub_rn(float a, float b) { return a - b; }
 ROUNDED float __fdiv_rn(float a, float b) { return a / b; }
-ROUNDED float __fsqrt_rn(float x) { return sqrtf(x); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(nearbyintf(x)); }
 

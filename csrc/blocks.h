@@ -3,7 +3,7 @@
 // A driver encodes a block x like this, and F may hold one value or several:
 //   top = the largest magnitude(x); positive = the largest as_bits(x) as a signed number;
 //   Scaling<Codec> scaling(top, positive); scaling.scale, rounded already, goes to plane 1;
-//   code = Codec::code(scaling.normalised(x), lookup), in `bits(0)` bits.
+//   code = Codec::code(scaling.normalised(x), lookup), whose upper bits may be anything if it has 8.
 // It decodes Codec::value(code, lookup) * scale. In a short block, missing values count as zeros. `lookup` is
 // the table whose address follows those of the planes if the codec has one (lookup.h). Of two codes of 4 bits
 // the lower one belongs to the even index; the upper one without a value is 0.
@@ -29,23 +29,26 @@ struct BlocksOf : InBlocks {
 };
 
 // A block's scale and what its values are multiplied with: a scale of 0, infinity or NaN leaves zeros.
-template <class Codec>
-struct Scaling {
+struct AnyScaling {
   F scale, inverse;
   U alive;
 
-  // Of a block whose scale is written already.
-  FO_INLINE Scaling(F inverse, U alive) : inverse(inverse), alive(alive) {}
-  FO_INLINE Scaling(U top, U positive) {
+  FO_INLINE AnyScaling(U top, U positive, bool short_scale, bool signed_scale) {
     U smallest_normal(0x00800000u), infinity(0x7f800000u);
     F most = as_float(select(above(smallest_normal, top), U(0u), top));
-    scale = Codec::bits(1) == 16 ? bfloat_to_float(float_to_bfloat(most)) : most;
+    scale = short_scale ? bfloat_to_float(float_to_bfloat(most)) : most;
     U size = as_bits(scale);
     alive = select(above(size, U(0u)), select(above(infinity, size), U(~0u), U(0u)), U(0u));
-    if (Codec::signed_scale) scale = as_float(size | select(above(top, positive), U(0x80000000u), U(0u)));
-    inverse = F(1.0f) / as_float(select(above(size, U(0u)), as_bits(scale), as_bits(F(1.0f))));
+    if (signed_scale) scale = as_float(size | select(above(top, positive), U(0x80000000u), U(0u)));
+    inverse = as_float(as_bits(quotient(F(1.0f), scale)) & alive);
   }
-  FO_INLINE F normalised(F x) const { return as_float(as_bits(x * inverse) & alive); }
+  FO_INLINE F normalised(F x) const { return as_float(as_bits(product(x, inverse)) & alive); }
+};
+
+template <class Codec>
+struct Scaling : AnyScaling {
+  FO_INLINE Scaling(U top, U positive)
+      : AnyScaling(top, positive, Codec::bits(1) == 16, Codec::signed_scale) {}
 };
 
 // The 8-bit dynamic map of Dettmers et al.
@@ -64,21 +67,20 @@ struct int8_unsigned : BlocksOf<256, 8, 32> {
 
   static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
   static FO_INLINE U code(F n, const char* table) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, nearest<false>(positive, table));
+    return code_above_zero(n, nearest<false>(not_negative(n), table));
   }
 };
 
 // Even steps of n / (1 + |n|), which is steeper near zero.
 struct int8_companded : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
-    U q = sign_extend(code, 8);
-    U size = select(above(U(0u), q), U(0u) - q, q);
-    return to_float(q) / to_float(U(254u) - size);
+    F q = to_float((code ^ U(0x80u)) - 0x80u);
+    return small_quotient(q, F(254.0f) - as_float(magnitude(q)));
   }
   static FO_INLINE U code(F n, const char*) {
-    U q = round_to_integer(F(254.0f) * n / (F(1.0f) + as_float(magnitude(n))));
-    return at_least(at_most(q, U(127u)), U(0u) - U(127u)) & U(0xffu);
+    // Rounding of scale and inverse leave |n| below 1.003, and so this below 127.5.
+    F size = as_float(magnitude(n));
+    return round_to_integer(small_quotient(product(F(254.0f), n), sum(F(1.0f), size)));
   }
 };
 
@@ -86,24 +88,22 @@ struct int8_companded : BlocksOf<64, 8, 16> {
 struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
     F q = to_float(code);
-    return q * q * F(1.0f / 65025.0f);
+    return product(product(q, q), F(1.0f / 65025.0f));
   }
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, at_most(round_to_integer(F(255.0f) * sqrt(positive)), U(255u)));
+    return code_above_zero(n, round_to_integer(product(F(255.0f), small_root(not_negative(n)))));
   }
 };
 
 // Floats of 4 exponent and 3 mantissa bits; the largest one, 448, stands for the scale.
 struct fp8 : BlocksOf<256, 8, 32> {
-  static FO_INLINE F value(U code, const char*) { return e4m3_to_float(code) * F(1.0f / 448.0f); }
-  static FO_INLINE U code(F n, const char*) { return float_to_e4m3(n * F(448.0f)); }
+  static FO_INLINE F value(U code, const char*) { return product(e4m3_to_float(code), F(1.0f / 448.0f)); }
+  static FO_INLINE U code(F n, const char*) { return float_to_e4m3(product(n, F(448.0f))); }
 };
 
 struct fp8_unsigned : fp8 {
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    return code_above_zero(n, float_to_e4m3(positive * F(448.0f)));
+    return code_above_zero(n, float_to_e4m3(product(not_negative(n), F(448.0f))));
   }
 };
 
@@ -125,13 +125,11 @@ struct int4 : BlocksOf<128, 4, 32> {
 // Even steps of the fourth root, without zero.
 struct int4_unsigned : BlocksOf<128, 4, 32> {
   static FO_INLINE F value(U code, const char*) {
-    F root = to_float(code + 1u), square = root * root;
-    return square * square * F(1.0f / 65536.0f);
+    F root = to_float(code + 1u), square = product(root, root);
+    return product(product(square, square), F(1.0f / 65536.0f));
   }
   static FO_INLINE U code(F n, const char*) {
-    F positive = select(n > F(0.0f), n, F(0.0f));
-    U root = round_to_integer(F(16.0f) * sqrt(sqrt(positive)));
-    return at_least(at_most(root, U(16u)), U(1u)) - 1u;
+    return at_least(round_to_integer(product(F(16.0f), small_root(small_root(not_negative(n))))), U(1u)) - 1u;
   }
 };
 

@@ -9,7 +9,6 @@ namespace {
 
 // Blocks lie within a chunk, and the scales of a chunk's blocks fill at most one vector.
 constexpr int CHUNK = 1024;
-
 // The LANES elements from i on.
 struct Lanes {
   char* const* planes;
@@ -25,6 +24,17 @@ struct Lanes {
     ::store(planes[plane] + i * static_cast<int64_t>(sizeof(T)), x);
   }
   FO_INLINE U random() const { return widen(::load<uint16_t>(random_bits + i)); }
+};
+
+// What the next chunk will read from memory, which has nothing else to do while codes are computed.
+struct Ahead {
+  const char* from[2];
+  int bytes[2];
+
+  FO_INLINE void fetch(int64_t i) const {
+    __builtin_prefetch(from[0] + i * bytes[0], 0, 2);
+    __builtin_prefetch(from[1] + i * bytes[1], 0, 2);
+  }
 };
 
 // The same slot from element `first` on.
@@ -55,7 +65,9 @@ FO_INLINE void put_codes(char* codes, int i, U x) {
 template <class Body>
 FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, Body body) {
   int i = begin;
-  for (; i + LANES <= end; i += LANES) body(home, i, i);
+  // A copy, because a store to a plane might change the slot itself for all that the compiler knows.
+  const Slot slot = home;
+  for (; i + LANES <= end; i += LANES) body(slot, i, i);
   if (i >= end) return;
   Stage rest;
   body(rest.fetch(home, i, end - i), 0, i);
@@ -127,28 +139,33 @@ void put_scales(const Scaling<Codec>& scaling, char* scales, int blocks) {
 
 // `values` go on with zeros to the end of a vector.
 template <class Codec>
-void encode_blocks(Codec c, const Slot& slot, int count, const float* values) {
+void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ahead) {
   alignas(64) uint32_t top[LANES] = {}, positive[LANES] = {}, alive[LANES];
   alignas(64) float inverse[LANES];
   find_tops<Codec>(values, count, top, positive);
   Scaling<Codec> all(load<uint32_t>(top), load<uint32_t>(positive));
   store(inverse, all.inverse), store(alive, all.alive);
   put_scales(all, slot.planes[1], (count + c.block - 1) / c.block);
+  char* const codes = slot.planes[0];
+  const char* const lookup = slot.lookup;
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
-    Scaling<Codec> scaling(F(inverse[block]), U(alive[block]));
-    auto encode = [&](char* codes, int at, int i) FO_LAMBDA {
-      F n = scaling.normalised(load<float>(values + i));
-      put_codes<c.bits(0)>(codes, at, c.code(n, slot.lookup));
+    const F times(inverse[block]);
+    if (!alive[block]) memset(values + begin, 0, sizeof(float) * (end - begin));
+    auto encode = [&](char* to, int at, int i) FO_LAMBDA {
+      put_codes<c.bits(0)>(to, at, c.code(load<float>(values + i) * times, lookup));
     };
     int full = end - (end - begin) % LANES;
-    for (int i = begin; i < full; i += LANES) encode(slot.planes[0], i, i);
+    for (int i = begin; i < full; i += LANES) {
+      ahead.fetch(i);
+      encode(codes, i, i);
+    }
     if (full < end) {
-      alignas(64) char codes[LANES];
-      encode(codes, 0, full);
+      alignas(64) char rest[LANES];
+      encode(rest, 0, full);
       int bits = (end - full) * c.bits(0);
-      if (bits % 8) codes[bits / 8] &= 15;
-      memcpy(slot.planes[0] + full * c.bits(0) / 8, codes, (bits + 7) / 8);
+      if (bits % 8) rest[bits / 8] &= 15;
+      memcpy(codes + full * c.bits(0) / 8, rest, (bits + 7) / 8);
     }
   }
 }
@@ -163,7 +180,8 @@ inline void decode(const Slot& slot, int count, float* values) {
 }
 
 // Back again. `first` is the slot's first element in `stream`.
-inline void encode(const Slot& slot, int count, float* values, const Stream& stream, int64_t first) {
+inline void encode(const Slot& slot, int count, float* values, const Stream& stream, int64_t first,
+                   Ahead ahead) {
   if (slot.codec < ELEMENTWISE_COUNT) {
     with_split(slot.codec, [&](auto c) {
       alignas(64) uint16_t random[c.random ? CHUNK : LANES];
@@ -173,7 +191,7 @@ inline void encode(const Slot& slot, int count, float* values, const Stream& str
   } else {
     // What a rule made of the lanes behind the last element must not count.
     for (int i = count; i % LANES; ++i) values[i] = 0;
-    with_block(slot.codec, [&](auto c) { encode_blocks(c, slot, count, values); });
+    with_block(slot.codec, [&](auto c) { encode_blocks(c, slot, count, values, ahead); });
   }
 }
 

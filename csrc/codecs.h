@@ -77,7 +77,7 @@ struct bf16_kahan : EachForItself {
 
   template <class At>
   static FO_INLINE F decode(At at) {
-    return bfloat_to_float(at.template get<uint16_t>(0)) + bfloat_to_float(at.template get<uint16_t>(1));
+    return sum(bfloat_to_float(at.template get<uint16_t>(0)), bfloat_to_float(at.template get<uint16_t>(1)));
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
@@ -93,7 +93,7 @@ struct fp16_kahan : EachForItself {
 
   template <class At>
   static FO_INLINE F decode(At at) {
-    return half_to_float(at.template get<uint16_t>(0)) + half_to_float(at.template get<uint16_t>(1));
+    return sum(half_to_float(at.template get<uint16_t>(0)), half_to_float(at.template get<uint16_t>(1)));
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
@@ -182,6 +182,11 @@ FO_INLINE auto with_plain(int id, Visit visit) {
 template <class Visit>
 FO_INLINE auto with_split(int id, Visit visit) {
   switch (id) { FO_SPLIT_CODECS(FO_CASE) }
+  __builtin_unreachable();
+}
+template <class Visit>
+FO_INLINE auto with_elementwise(int id, Visit visit) {
+  switch (id) { FO_PLAIN_CODECS(FO_CASE) FO_SPLIT_CODECS(FO_CASE) }
   __builtin_unreachable();
 }
 template <class Visit>

@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(THREADS)
   int2 tile = tiles[blockIdx.x];
   int64_t tensor = tile.x, n = table.at(NUMEL, tensor);
   int64_t start = tile.y * static_cast<int64_t>(TILE), end = start + TILE < n ? start + TILE : n;
-  int column = gradients.column;
-  Slot slot = take(gradients.codec, table, tensor, column);
+  Slot slot{gradients.codec, {table.plane(gradients.column, tensor)}, nullptr};
   double sum = 0;
   if (!gradients.layouts && table.at(ALIGNED, tensor)) {
     Groups groups{start + threadIdx.x * 4, 4 * THREADS};
@@ -74,7 +73,7 @@ FO_API int fused_optim_cuda_tile() { return TILE; }
 FO_API int fused_optim_cuda_square_sum(int codec, int column, const int64_t* table, int64_t n,
                                        const int32_t* tiles, int n_tiles, const int64_t* layouts,
                                        double* sums, int device, void* stream) {
-  if (codec < 0 || codec >= CODEC_COUNT) return -UNKNOWN_CODEC;
+  if (codec < 0 || codec >= PLAIN_COUNT) return -UNKNOWN_CODEC;
   Gradients gradients{codec, column, {table, n}, layouts};
   return launch_tiles(square_sum_kernel, n_tiles, device, stream, gradients,
                       reinterpret_cast<const int2*>(tiles), sums);

@@ -57,7 +57,8 @@ FO_INLINE U guess(F size, const char*) {
   U range = at_least(as_bits(size), U(0x30000000u)) >> 24;
   F low = pick(of.start[0], range) + pick(of.slope[0], range) * size;
   F high = pick(of.start[1], range) + pick(of.slope[1], range) * size;
-  return truncate(select(low < high, low, high));
+  low.part[0] = _mm512_maskz_min_ps(ALL, low.part[0], high.part[0]);
+  return truncate(low);
 }
 #endif
 
@@ -69,8 +70,9 @@ FO_INLINE U nearest(F size, const char* table) {
   return select(size > middle, index + 1u, index);
 }
 
+FO_INLINE F not_negative(F n) { return as_float(at_least(as_bits(n), U(0u))); }
 // An unsigned code of what is more than zero is more than zero: a second moment divides.
-FO_INLINE U code_above_zero(F n, U code) { return select(n > F(0.0f), at_least(code, U(1u)), code); }
+FO_INLINE U code_above_zero(F n, U code) { return at_least(code, at_most(as_bits(n), U(1u))); }
 
 FO_TABLE float four_bit_values[16] = {-.8875f, -.6625f, -.4375f, -.2125f, -.0775f, -.0325f, -.0055f, 0.0f,
                                       .0055f,  .0325f,  .0775f,  .2125f,  .4375f,  .6625f,  .8875f,  1.0f};

@@ -34,7 +34,40 @@ FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
 FO_INLINE U sign_extend(U x, int bits) {
   return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
 }
+// In the fast arithmetic a written a * b may become part of another operation, and a / b an approximation.
+FO_INLINE F product(F a, F b) { return __fmul_rn(a, b); }
+FO_INLINE F sum(F a, F b) { return __fadd_rn(a, b); }
+FO_INLINE F difference(F a, F b) { return __fsub_rn(a, b); }
+FO_INLINE F quotient(F a, F b) { return __fdiv_rn(a, b); }
+#ifdef __CUDA_ARCH__
+FO_INLINE F rough_reciprocal(F x) {
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+FO_INLINE F rough_reciprocal_root(F x) {
+  asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+#else
+FO_INLINE F rough_reciprocal(F x) { return 1.0f / x; }
+FO_INLINE F rough_reciprocal_root(F x) { return 1.0f / sqrtf(x); }
+#endif
+// Quotient and root of a codec's values, none of which is large, with b from 1/4 to 256. They are what nvcc
+// makes of an exact division and root, without its calls for operands from the ends of the range, which cost
+// registers wherever they may happen: what is near 2^-100 is not exact here.
+FO_INLINE F small_quotient(F a, F b) {
+  F rough = rough_reciprocal(b), inverse = __fmaf_rn(rough, __fmaf_rn(-b, rough, 1.0f), rough);
+  F q = product(a, inverse);
+  return __fmaf_rn(inverse, __fmaf_rn(-b, q, a), q);
+}
+FO_INLINE F small_root(F x) {
+  x = fmaxf(x, 0x1p-100f);
+  F rough = rough_reciprocal_root(x), root = product(x, rough);
+  return __fmaf_rn(__fmaf_rn(-root, root, x), product(rough, 0.5f), root);
+}
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
+FO_INLINE U at_most(U x, U limit) { return above(x, limit) ? limit : x; }
+FO_INLINE U at_least(U x, U limit) { return above(limit, x) ? limit : x; }
 FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
 FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
 // Of the lower half of `a`.
@@ -207,6 +240,13 @@ FO_INLINE F sqrt(F x) {
   return x;
 }
 
+FO_INLINE F product(F a, F b) { return a * b; }
+FO_INLINE F sum(F a, F b) { return a + b; }
+FO_INLINE F difference(F a, F b) { return a - b; }
+FO_INLINE F quotient(F a, F b) { return a / b; }
+FO_INLINE F small_quotient(F a, F b) { return a / b; }
+FO_INLINE F small_root(F x) { return sqrt(x); }
+
 // Not AVX-512's own conversion: that one takes denormals for zero.
 FO_INLINE H float_to_bfloat(F x) {
   U bits = as_bits(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -267,19 +307,16 @@ FO_INLINE F maximum(F a, F b) {
   return select(a > b, a, select(a != a, a, b));
 }
 FO_INLINE U magnitude(F x) { return as_bits(x) & U(0x7fffffffu); }
-// Smaller and larger of two numbers below 2^31.
-FO_INLINE U at_most(U x, U limit) { return select(above(x, limit), limit, x); }
-FO_INLINE U at_least(U x, U limit) { return select(above(limit, x), limit, x); }
 FO_INLINE F bfloat_to_float(H x) { return as_float(widen(x) << 16); }
 // What is left of x when it is rounded, if that is finite.
 FO_INLINE F cut_off(F x, F rounded) {
-  return select(above(U(0x7f800000u), magnitude(rounded)), x - rounded, F(0.0f));
+  return select(above(U(0x7f800000u), magnitude(rounded)), difference(x, rounded), F(0.0f));
 }
 
 // 8-bit floats with 4 exponent bits, without infinities, in the lowest bits. Not more than 448 is converted.
 FO_INLINE F e4m3_to_float(U bits) {
   U sign = (bits & 0x80u) << 24, size = bits & 0x7fu;
-  U normal = (size << 20) + 0x3c000000u, denormal = as_bits(to_float(size) * F(0x1p-9f));
+  U normal = (size << 20) + 0x3c000000u, denormal = as_bits(product(to_float(size), F(0x1p-9f)));
   U finite = select(above(U(8u), size), denormal, normal);
   return as_float(select(above(size, U(0x7eu)), U(0x7fc00000u), finite) | sign);
 }
@@ -287,7 +324,7 @@ FO_INLINE U float_to_e4m3(F x) {
   U sign = (as_bits(x) >> 24) & 0x80u, size = at_most(magnitude(x), U(0x43e00000u));
   U normal = (size - 0x3c000000u + 0x7ffffu + ((size >> 20) & 1u)) >> 20;
   // One denormal is the spacing of floats at 2^14, so the addition rounds to it.
-  U denormal = as_bits(as_float(size) + F(0x1p14f)) - 0x46800000u;
+  U denormal = as_bits(sum(as_float(size), F(0x1p14f))) - 0x46800000u;
   return select(above(U(0x3c800000u), size), denormal, normal) | sign;
 }
 

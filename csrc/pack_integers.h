@@ -18,6 +18,24 @@ FO_INLINE U as_unsigned(Ints x) {
 
 // As signed numbers, because AVX2 compares no others.
 FO_INLINE Mask above(U a, U b) { return as_signed(a) > as_signed(b); }
+FO_INLINE U at_most(U x, U limit) {
+#if defined(__AVX512F__)
+  x.part[0] = reinterpret_cast<U::Part>(_mm512_maskz_min_epi32(ALL, reinterpret_cast<__m512i>(x.part[0]),
+                                                               reinterpret_cast<__m512i>(limit.part[0])));
+  return x;
+#else
+  return select(above(x, limit), limit, x);
+#endif
+}
+FO_INLINE U at_least(U x, U limit) {
+#if defined(__AVX512F__)
+  x.part[0] = reinterpret_cast<U::Part>(_mm512_maskz_max_epi32(ALL, reinterpret_cast<__m512i>(x.part[0]),
+                                                               reinterpret_cast<__m512i>(limit.part[0])));
+  return x;
+#else
+  return select(above(limit, x), limit, x);
+#endif
+}
 
 FO_INLINE F to_float(U x) {
   F r;

@@ -11,29 +11,15 @@ constexpr int THREADS = 128;
 // More than one round, because reading a tile's description takes three loads that wait for each other.
 constexpr int ROUNDS = 4;
 
-// Registers that COUNT elements of a codec's first planes fill.
-template <class Codec, int COUNT>
-constexpr FO_ANYWHERE int words_before(int plane) {
-  int words = 0;
-  for (int before = 0; before < plane; ++before) words += (Codec::bytes(before) * COUNT + 3) / 4;
-  return words;
-}
-template <int COUNT>
-constexpr int most_words() {
-  int most = 0, words = 0;
-#define FO_MORE(codec)                               \
-  words = words_before<codec, COUNT>(codec::planes); \
-  most = words > most ? words : most;
-  FO_CODECS(FO_MORE)
-#undef FO_MORE
-  return most;
-}
-
 // The bits of COUNT elements as they are in memory, plane after plane.
 template <int COUNT>
 struct Words {
-  uint32_t word[most_words<COUNT>()];
+  uint32_t word[COUNT];
 };
+template <class Codec, int COUNT>
+constexpr FO_ANYWHERE int words_before(int plane) {
+  return plane == 0 ? 0 : Codec::bits(0) * COUNT / 32;
+}
 
 // One of those elements, as a codec sees it.
 template <class Codec, int COUNT>
@@ -65,14 +51,14 @@ struct Element {
 
 template <int COUNT>
 FO_INLINE void decode(int codec, Words<COUNT>& words, F* values) {
-  with_codec(codec, [&](auto c) {
+  with_plain(codec, [&](auto c) {
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) values[e] = c.decode(Element<decltype(c), COUNT>{words, e});
   });
 }
 template <int COUNT>
 FO_INLINE void encode(int codec, const F* values, Words<COUNT>& words) {
-  with_codec(codec, [&](auto c) {
+  with_plain(codec, [&](auto c) {
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) c.encode(values[e], Element<decltype(c), COUNT>{words, e});
   });
@@ -133,15 +119,8 @@ struct Single {
 
 template <Direction direction, class Where>
 FO_INLINE void move(const Slot& slot, const Where& where, Words<Where::COUNT>& words) {
-  with_codec(slot.codec, [&](auto c) {
-    using Codec = decltype(c);
-#pragma unroll
-    for (int plane = 0; plane < Codec::planes; ++plane) {
-      uint32_t* bits = words.word + words_before<Codec, Where::COUNT>(plane);
-      if (Codec::bytes(plane) == 4) where.template plane<direction, 4>(slot.planes[plane], bits);
-      if (Codec::bytes(plane) == 2) where.template plane<direction, 2>(slot.planes[plane], bits);
-    }
-  });
+  with_plain(slot.codec,
+             [&](auto c) { where.template plane<direction, c.bits(0) / 8>(slot.planes[0], words.word); });
 }
 
 // Elements of a block in one round of Groups, and of a block.

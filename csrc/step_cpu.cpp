@@ -80,14 +80,17 @@ class Chunk {
   void update(const Rule& rule, F g_scale, Stream stream) {
     Slots<Rule> plain = slots_;
     plain.each_written([&](Slot& slot, int number) {
-      if (slot.codec < PLAIN_COUNT) return;
-      decode(slot, count_, values_[number]);
-      slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
+      if (slot.codec >= PLAIN_COUNT) {
+        slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
+      }
+    });
+    slots_.each_written([&](const Slot& slot, int number) {
+      if (slot.codec >= PLAIN_COUNT) decode(slot, count_, values_[number]);
     });
     plain.update_all(rule, g_scale, 0, count_);
     slots_.each_written([&](const Slot& slot, int number) {
       stream.slot = static_cast<uint32_t>(number);
-      if (slot.codec >= PLAIN_COUNT) encode(slot, count_, values_[number], stream, first_);
+      if (slot.codec >= PLAIN_COUNT) encode(slot, count_, values_[number], stream, first_, ahead(number));
     });
   }
 
@@ -109,6 +112,18 @@ class Chunk {
   }
 
  private:
+  // Shared between the first two states, if there are two.
+  Ahead ahead(int number) const {
+    const Slot* slots[] = {&slots_.param, &slots_.grad};
+    const char* cached = reinterpret_cast<const char*>(values_[number]);
+    Ahead next{{cached, cached}, {0, 0}};
+    for (int i = 0; i < 2; ++i) {
+      if (Rule::slots > 1 && number != 1 + i) continue;
+      next.bytes[i] = bytes_of(*slots[i]);
+      next.from[i] = slots[i]->planes[0] + static_cast<int64_t>(CHUNK) * next.bytes[i];
+    }
+    return next;
+  }
   static int bytes_of(const Slot& slot) {
     return with_codec(slot.codec, [](auto c) { return c.bits(0) / 8; });
   }

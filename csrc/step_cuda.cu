@@ -1,7 +1,7 @@
 // A step on a GPU: one launch for all tensors of a bucket, one block per tile.
 //
 // Compiled twice: FO_EXACT=1 rounds every operation, FO_EXACT=0 may contract and approximate.
-#include "registers.cuh"
+#include "coded.cuh"
 
 #define FO_API extern "C" __attribute__((visibility("default")))
 #if FO_EXACT
@@ -20,9 +20,11 @@ struct Launch {
   const int64_t* layouts;
   const float* rows;
   int64_t row_length;
-  int32_t codecs[2 + most_states()];
-  // Whether 8 neighbours are one access in every plane, so that a thread may take them.
-  bool narrow;
+  // Of the parameter, the gradient and the states.
+  Storage storages[2 + most_states()];
+  // Whether a thread takes 8 neighbours: if they are one access in every plane, and where they share
+  // something.
+  bool neighbours;
 };
 
 template <class Rule>
@@ -30,12 +32,10 @@ struct Slots {
   Slot param, grad, states[Rule::slots + 1];
 
   FO_INLINE Slots(const Launch& launch, int64_t tensor) {
-    int column = HEADER;
-    param = take(launch.codecs[0], launch.table, tensor, column);
+    param = take(launch.storages[0], launch.table, tensor);
+    grad = take(launch.storages[1], launch.table, tensor);
 #pragma unroll
-    for (int i = 0; i < Rule::slots; ++i)
-      states[i] = take(launch.codecs[2 + i], launch.table, tensor, column);
-    grad = take(launch.codecs[1], launch.table, tensor, column);
+    for (int i = 0; i < Rule::slots; ++i) states[i] = take(launch.storages[2 + i], launch.table, tensor);
   }
 };
 
@@ -44,25 +44,35 @@ struct Bits {
   Words<COUNT> param, grad, states[Rule::slots + 1];
 };
 
+// What the bits become: parameter, gradient and states of COUNT elements.
+template <class Rule, int COUNT>
+struct Values {
+  F p[COUNT], g[COUNT], s[Rule::slots + 1][COUNT];
+
+  FO_INLINE void update(const Rule& rule, F g_scale) {
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e) {
+      F of_element[Rule::slots + 1];
+#pragma unroll
+      for (int i = 0; i < Rule::slots; ++i) of_element[i] = s[i][e];
+      rule(p[e], g[e] * g_scale, of_element);
+#pragma unroll
+      for (int i = 0; i < Rule::slots; ++i) s[i][e] = of_element[i];
+    }
+  }
+};
+
 template <class Rule, int COUNT>
 FO_INLINE void update(const Slots<Rule>& slots, const Rule& rule, F g_scale, Bits<Rule, COUNT>& bits) {
-  F p[COUNT], g[COUNT], s[Rule::slots + 1][COUNT];
-  decode(slots.param.codec, bits.param, p);
-  decode(slots.grad.codec, bits.grad, g);
+  Values<Rule, COUNT> values;
+  decode(slots.param.codec, bits.param, values.p);
+  decode(slots.grad.codec, bits.grad, values.g);
 #pragma unroll
-  for (int i = 0; i < Rule::slots; ++i) decode(slots.states[i].codec, bits.states[i], s[i]);
+  for (int i = 0; i < Rule::slots; ++i) decode(slots.states[i].codec, bits.states[i], values.s[i]);
+  values.update(rule, g_scale);
+  encode(slots.param.codec, values.p, bits.param);
 #pragma unroll
-  for (int e = 0; e < COUNT; ++e) {
-    F of_element[Rule::slots + 1];
-#pragma unroll
-    for (int i = 0; i < Rule::slots; ++i) of_element[i] = s[i][e];
-    rule(p[e], g[e] * g_scale, of_element);
-#pragma unroll
-    for (int i = 0; i < Rule::slots; ++i) s[i][e] = of_element[i];
-  }
-  encode(slots.param.codec, p, bits.param);
-#pragma unroll
-  for (int i = 0; i < Rule::slots; ++i) encode(slots.states[i].codec, s[i], bits.states[i]);
+  for (int i = 0; i < Rule::slots; ++i) encode(slots.states[i].codec, values.s[i], bits.states[i]);
 }
 
 // Fetches everything before any arithmetic, so that all loads of a thread are under way together.
@@ -104,6 +114,7 @@ constexpr int blocks_in_flight(int planes) {
   return blocks < 10 ? blocks : 10;
 }
 
+// Tensors whose codecs are all plain.
 template <class Rule>
 __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
     step_kernel(const __grid_constant__ Launch launch) {
@@ -116,7 +127,8 @@ __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
   if (row[ACTIVE] == 0) return;
   int64_t start = tile.y * static_cast<int64_t>(TILE), end = start + TILE < n ? start + TILE : n;
   if (!launch.layouts && launch.table.at(ALIGNED, tensor)) {
-    Groups groups{start + threadIdx.x * (launch.narrow ? 8 : 4), launch.narrow ? 4 : 4 * THREADS};
+    bool neighbours = launch.neighbours;
+    Groups groups{start + threadIdx.x * (neighbours ? 8 : 4), neighbours ? 4 : 4 * THREADS};
 #pragma unroll 1
     for (; start + ROUND <= end; start += ROUND, groups.first += ROUND) {
       update(slots, rule, g_scale, groups, groups, groups);
@@ -125,29 +137,114 @@ __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
   update_singles(launch, tensor, slots, rule, g_scale, start, end);
 }
 
-template <class Codec>
-constexpr bool is_narrow() {
-  for (int plane = 0; plane < Codec::planes; ++plane) {
-    if (Codec::bytes(plane) > 2) return false;
+// What all threads of a block must know of their tensor. It stands in shared memory: registers are needed for
+// elements.
+template <class Rule>
+struct Task {
+  Slots<Rule> slots;
+  Rule rule;
+  F g_scale;
+  Stream stream;
+  int64_t start, end;
+  bool aligned;
+  Lie of_param, of_grad;
+
+  FO_INLINE Task(const Launch& launch, int2 tile, const float* row)
+      : slots(launch, tile.x),
+        rule(with_scalars<Rule>(row + SCALARS)),
+        g_scale(row[G_SCALE]),
+        stream{as_bits(row[SEED]), as_bits(row[STEP]),
+               static_cast<uint32_t>(launch.table.at(ORDINAL, tile.x))},
+        start(tile.y * static_cast<int64_t>(TILE)),
+        aligned(!launch.layouts && launch.table.at(ALIGNED, tile.x)),
+        of_param(),
+        of_grad() {
+    int64_t n = launch.table.at(NUMEL, tile.x);
+    end = start + TILE < n ? start + TILE : n;
+    if (!launch.layouts) return;
+    Layout strided{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
+    of_param = {strided.record, strided.param_strides()};
+    of_grad = {strided.record, strided.grad_strides()};
   }
-  return true;
+
+  // A thread's elements in the round that begins at `first`.
+  FO_INLINE Place place(int64_t first, bool neighbours) const {
+    bool vectors = aligned && first + ROUND <= end;
+    neighbours = neighbours || !vectors;
+    first += threadIdx.x * (neighbours ? 8 : 4);
+    int64_t left = end - first;
+    int count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
+    return {first, neighbours ? 4 : 4 * THREADS, count, vectors};
+  }
+};
+
+template <class Rule>
+FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Place& place) {
+  const Slots<Rule>& slots = task.slots;
+  Bits<Rule, EIGHT> bits;
+  move<FETCH>(storages[0], slots.param, place, task.of_param, bits.param);
+  move<FETCH>(storages[1], slots.grad, place, task.of_grad, bits.grad);
+#pragma unroll
+  for (int i = 0; i < Rule::slots; ++i)
+    move<FETCH>(storages[2 + i], slots.states[i], place, Lie{}, bits.states[i]);
+  Values<Rule, EIGHT> values;
+  decode_param(slots.param, bits.param, values.p);
+  decode(slots.grad.codec, bits.grad, values.g);
+#pragma unroll
+  for (int i = 0; i < Rule::slots; ++i) decode_state(slots.states[i], bits.states[i], values.s[i]);
+  values.update(task.rule, task.g_scale);
+#pragma unroll
+  for (int i = 0; i < Rule::slots; ++i) {
+    Words<EIGHT> words;
+    encode_state(storages[2 + i], slots.states[i], i, place, task.stream, values.s[i], words);
+    move<PUT>(storages[2 + i], slots.states[i], place, Lie{}, words);
+  }
+  // Last, when the division of indices has registers again.
+  Words<EIGHT> words;
+  encode_param(slots.param, place, task.stream, values.p, words);
+  move<PUT>(storages[0], slots.param, place, task.of_param, words);
 }
 
-#define FO_NARROW(codec) is_narrow<codec>(),
-constexpr bool narrow_codecs[] = {FO_CODECS(FO_NARROW)};
-#undef FO_NARROW
+// As many as leave every architecture's compiler enough registers, by the number of states.
+constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
+
+// Tensors of any codecs. All threads of a block make every round, because they ask each other for maxima.
+template <class Rule>
+__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
+    step_coded_kernel(const __grid_constant__ Launch launch) {
+  int2 tile = launch.tiles[blockIdx.x];
+  const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
+  if (row[ACTIVE] == 0) return;
+  alignas(Task<Rule>) __shared__ char memory[sizeof(Task<Rule>)];
+  auto& task = *reinterpret_cast<Task<Rule>*>(memory);
+  if (threadIdx.x == 0) new (memory) Task<Rule>(launch, tile, row);
+  __syncthreads();
+#pragma unroll 1
+  for (int64_t first = task.start; first < task.end; first += ROUND) {
+    update(launch.storages, task, task.place(first, launch.neighbours));
+  }
+}
 
 int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int device, void* stream) {
   if (Error error = check_ids(rule, codecs)) return -error;
-  launch.narrow = true;
-  for (int i = 0; i < 2 + state_counts[rule]; ++i) {
-    launch.codecs[i] = codecs[i];
-    launch.narrow = launch.narrow && narrow_codecs[codecs[i]];
-  }
+  bool plain = true, wide = false, shared = false;
+  int column = HEADER;
+  auto use = [&](int i) {
+    Storage& storage = launch.storages[i] = storages[codecs[i]];
+    storage.column = column;
+    column += 1 + (storage.bits[1] != 0) + storage.lookup;
+    plain = plain && storage.codec < PLAIN_COUNT;
+    wide = wide || storage.bits[0] == 32;
+    shared = shared || storage.block_shift > 0 || storage.random;
+  };
+  use(0);
+  for (int i = 0; i < state_counts[rule]; ++i) use(2 + i);
+  use(1);
+  launch.neighbours = shared || !wide;
   switch (rule) {
 #define FO_CASE(rule) \
   case id_##rule:     \
-    return launch_tiles(step_kernel<rule>, n_tiles, device, stream, launch);
+    return launch_tiles(plain ? step_kernel<rule> : step_coded_kernel<rule>, n_tiles, device, stream, launch);
     FO_RULES(FO_CASE)
 #undef FO_CASE
   }

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
 from fused_optim.kernels import dispatch
+from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.native import cuda, library
 from fused_optim.kernels.plan import Driver
 from fused_optim.kernels.rules import RULES
@@ -30,28 +32,34 @@ from tests.cases import Case, Target, assert_same_bits
 
 ROOT = Path(__file__).parents[1]
 REFERENCE, NATIVE = Target("reference", "cpu"), Target("native", "cpu")
-SIZES = (1, 15, 16, 17, 255, 257, 1023, 1024, 4095, 4096, 4097, 10_000)
+SIZES = (1, 7, 8, 9, 63, 65, 127, 255, 257, 1023, 1024, 1025, 4096, 4097, 5300)
+
+
+def _has_fma() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 @pytest.fixture(scope="session")
 def handle(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The sources of the CUDA library, compiled for the CPU in exact arithmetic."""
+    """The sources of the CUDA library, compiled for the CPU."""
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    flags = [
-        "-std=gnu++20",
-        "-O1",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-w",
-        f"-I{Path(__file__).parent}/cuda_on_cpu",
-    ]
-    sources = {"exact": ("step_cuda", "1"), "fast": ("step_cuda", "0"), "rest": ("cuda", "1")}
+    flags = ["-std=gnu++20", "-fPIC", "-w", f"-I{Path(__file__).parent}/cuda_on_cpu"]
+    flags += ["-include", "cuda_runtime.h", "-x", "c++", "-c"]
+    exact = ["-O1", "-ffp-contract=off"]
+    # Fused operations, and no other freedom of nvcc's fast arithmetic.
+    fast = ["-O2", "-ffp-contract=fast", *(["-mfma"] if _has_fma() else [])]
+    sources = {
+        "exact": ("step_cuda", ["-DFO_EXACT=1", *exact]),
+        "fast": ("step_cuda", ["-DFO_EXACT=0", *fast]),
+        "rest": ("cuda", exact),
+    }
 
     def build(name: str) -> Path:
-        source, exact = sources[name]
-        command = ["g++", *flags, f"-DFO_EXACT={exact}", "-x", "c++", "-c", ROOT / "csrc" / f"{source}.cu"]
-        subprocess.run([*command, "-o", folder / f"{name}.o"], check=True)
-        return folder / f"{name}.o"
+        source, options = sources[name]
+        target = folder / f"{name}.o"
+        command = ["g++", *flags, *options, ROOT / "csrc" / f"{source}.cu", "-o", target]
+        subprocess.run(command, check=True)
+        return target
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(build, sources))
@@ -86,8 +94,12 @@ def chosen(on_cpu: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
     return on_cpu
 
 
+CASES = list({case.id: case for case in [*cases.main_cases(), *cases.representative_cases()]}.values())
+"""People's choices, and every storage of everything."""
+
+
 @pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_size(case: Case) -> None:
     """Whole tiles, tails and misaligned planes, in planes of equal and of different widths."""
     beds = Bed(case, NATIVE, SIZES), Bed(case, REFERENCE, SIZES)
@@ -97,23 +109,59 @@ def test_every_size(case: Case) -> None:
     assert_equal_beds(*beds)
 
 
+def _strided(dtype: torch.dtype) -> tuple[Tensor, list[Parameter]]:
+    """Memory and three parameters in it that are transposed or have gaps, with gradients of other strides."""
+    memory = cases.normal((50, 70), torch.float32, 1).to(dtype)
+    views = [memory[:30, :60].t(), memory[30:, ::2], memory[30:, 1::2].view(4, 5, 35).permute(2, 0, 1)]
+    params = [Parameter(view) for view in views]
+    for param in params:
+        shape = tuple(reversed(param.shape))
+        param.grad = cases.normal(shape, torch.float32, 2).to(dtype).permute(*reversed(range(param.dim())))
+    params[0].grad = params[0].grad[:1].expand_as(params[0])
+    return memory, params
+
+
 @pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strided(dtype: torch.dtype) -> None:
-    memories = []
+@pytest.mark.parametrize("state", cases.STATES)
+def test_strided(state: str) -> None:
+    param = cases.PARAMS[cases.STATES.index(state) % len(cases.PARAMS)]
+    runs = []
     for backend in ("native", "reference"):
-        memory = cases.normal((70, 90), torch.float32, 1).to(dtype)
-        views = [memory[:40, :80].t(), memory[40:, ::2], memory[40:, 1::2].view(5, 6, 45).permute(2, 0, 1)]
-        params = [Parameter(view) for view in views]
-        for param in params:
-            shape = tuple(reversed(param.shape))
-            param.grad = (
-                cases.normal(shape, torch.float32, 2).to(dtype).permute(*reversed(range(param.dim())))
-            )
-        params[0].grad = params[0].grad[:1].expand_as(params[0])
-        fused_optim.AdamW(params, lr=0.1, backend=backend).step()
-        memories.append(memory)
-    assert_same_bits(*memories)
+        memory, params = _strided(cases.DTYPES[param.name])
+        optimizer = fused_optim.AdamW(
+            params, lr=0.1, param_codec=param.name, state_codec=state, keep_fp32=0, backend=backend
+        )
+        optimizer.step()
+        planes = [plane for p in params for plane in optimizer.state[p].values()]
+        runs.append([memory, *planes])
+    for actual, expected in zip(*runs, strict=True):
+        assert_same_bits(actual, expected)
+
+
+def _bed_without_rounding(case: Case) -> Bed:
+    """Whose rule gives the same bits in either arithmetic, so that only encoding could tell them apart."""
+    bed = Bed(case, NATIVE, SIZES)
+    exact = {"lr": 0.0 if case.states else 1.0, "weight_decay": 0.0, "betas": (0.0, 0.0)}
+    bed.hypers = [{**hyper, **exact} for hyper in bed.hypers]
+    dtype = cases.DTYPES[case.grad.name]
+    bed.gradient = lambda index, step: cases.tame(bed._sizes[index][0], dtype, index, step)
+    return bed
+
+
+ENCODINGS = [case for case in cases.representative_cases() if case.rule.name in ("adam", "sgd")]
+
+
+@pytest.mark.parametrize("case", ENCODINGS, ids=lambda case: case.id)
+def test_fast_arithmetic_encodes_the_same_bits(
+    case: Case, chosen: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both builds hold every codec; the compiler may contract what only the rules may let it."""
+    case = case._replace(grad=CODECS["fp32"])
+    exact, fast = _bed_without_rounding(case), _bed_without_rounding(case)
+    exact.step()
+    monkeypatch.setitem(cuda._cuda().step, True, cuda._cuda().step[False])
+    fast.step()
+    assert_equal_beds(fast, exact)
 
 
 @pytest.mark.parametrize("grad", cases.FLOATS, ids=lambda codec: codec.name)
@@ -160,16 +208,18 @@ def test_no_kernel_spills(compiled: tuple[str, Path]) -> None:
     usage = re.findall(
         r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _dump(compiled, "-res-usage")
     )
-    steps = [name for name, *_ in usage if "step_kernel" in name]
+    steps = [name for name, *_ in usage if re.search("step_(coded_)?kernel", name)]
     architectures = len([name for name, *_ in usage if "square_sum_kernel" in name])
-    assert len(steps) == architectures * len(RULES) * 2 > 0
+    # One for plain codecs and one for all codecs.
+    assert len(steps) == architectures * len(RULES) * 2 * 2 > 0
     spilling = [entry for entry in usage if entry[2:] != ("0", "0")]
     assert not spilling, spilling
 
 
 def test_whole_tiles_move_in_16_bytes(compiled: tuple[str, Path]) -> None:
-    """Of every plane: two accesses for the codec of 4 bytes, one for each codec of 2 bytes."""
+    """Of every plane of plain codecs: two accesses for the one of 4 bytes, one for each of 2 bytes."""
     functions = re.split(r"\n\s*Function : ", _dump(compiled, "-sass", "-arch", "sm_90"))[1:]
+    functions = [f for f in functions if "11step_kernel" in f.partition("\n")[0]]
     for rule in RULES.values():
         own = [f for f in functions if f"{len(rule.name)}{rule.name}E" in f.partition("\n")[0]]
         assert len(own) == 2, f"{rule.name}: {len(own)} kernels instead of one in each arithmetic"

@@ -31,9 +31,6 @@ FO_INLINE H high_half(U x) { return static_cast<H>(x >> 16); }
 FO_INLINE B low_byte(U x) { return static_cast<B>(x); }
 FO_INLINE U sign_extend(B x) { return static_cast<U>(static_cast<int8_t>(x)); }
 FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
-FO_INLINE U sign_extend(U x, int bits) {
-  return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
-}
 FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
 FO_INLINE U at_most(U x, U limit) { return above(x, limit) ? limit : x; }
 FO_INLINE U at_least(U x, U limit) { return above(limit, x) ? limit : x; }

@@ -102,19 +102,28 @@ def _strided_pairs() -> list[tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
     ]
 
 
+_STRIDED_STORAGES = [
+    pytest.param(torch.float32, {}, id="fp32"),
+    # Planes beside the parameter are dense, its own is not; random bits follow the states' order.
+    pytest.param(torch.bfloat16, {"param_codec": "bf16_split8", "state_codec": "int4"}, id="split"),
+    pytest.param(torch.bfloat16, {"param_codec": "bf16_sr"}, id="random"),
+]
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_strides(target: Target) -> None:
+@pytest.mark.parametrize(("dtype", "options"), _STRIDED_STORAGES)
+def test_strides(dtype: torch.dtype, options: dict[str, str], target: Target) -> None:
     def train(device: str, backend: str) -> list[Tensor]:
         params = []
         for seed, (view_p, view_g, shape) in enumerate(_strided_pairs()):
-            param = view_p(normal(shape, torch.float32, seed).to(device)).detach().requires_grad_()
-            grad = view_g(normal(shape, torch.float32, 100 + seed).to(device))
+            param = view_p(normal(shape, dtype, seed).to(device)).detach().requires_grad_()
+            grad = view_g(normal(shape, dtype, 100 + seed).to(device))
             param.grad = grad if grad.shape == param.shape else grad[: param.shape[0]]
             params.append(param)
-        optimizer = fused_optim.AdamW(params, lr=0.1, backend=backend, arithmetic="exact")
+        optimizer = fused_optim.AdamW(params, lr=0.1, backend=backend, arithmetic="exact", **options)
         for _ in range(2):
             optimizer.step()
-        return [t for p in params for t in (p, optimizer.state[p]["exp_avg_sq"])]
+        return [t for p in params for t in (p, *optimizer.state[p].values())]
 
     actual, expected = train(target.device, target.backend), train("cpu", "reference")
     for a, b in zip(actual, expected, strict=True):

@@ -1,5 +1,5 @@
-// Enough of CUDA's language and runtime to run the kernels of csrc/ on a CPU: one block after the other, its threads
-// as coroutines that change places where they must wait for each other.
+// Enough of CUDA's language and runtime to run the kernels of csrc/ on a CPU: one block after the other, its
+// threads as coroutines that change places where they must wait for each other.
 #pragma once
 
 #include <math.h>
@@ -39,8 +39,8 @@ inline dim3 threadIdx, blockIdx;
 
 constexpr unsigned MOST_THREADS = 1024;
 
-// The threads of a block, and where each has stopped. Contexts only begin them: every other change of place is a
-// jump, because a change of context asks the kernel for the signal mask.
+// The threads of a block, and where each has stopped. Contexts only begin them: every other change of place
+// is a jump, because a change of context asks the kernel for the signal mask.
 struct Block {
   unsigned size;
   std::function<void()> kernel;

@@ -86,17 +86,16 @@ FO_INLINE U widen(B x) {
   return r;
 }
 FO_INLINE U sign_extend(B x) {
-  Ints high = as_signed(widen(x) << 24);
-  return as_unsigned(high >> 24);
+#if defined(__AVX512F__)
+  U r;
+  r.part[0] =
+      reinterpret_cast<U::Part>(_mm512_maskz_cvtepi8_epi32(ALL, reinterpret_cast<__m128i>(x.part[0])));
+  return r;
+#else
+  return (widen(x) ^ U(0x80u)) - 0x80u;
+#endif
 }
-FO_INLINE U sign_extend(H x) {
-  Ints high = as_signed(widen(x) << 16);
-  return as_unsigned(high >> 16);
-}
-FO_INLINE U sign_extend(U x, int bits) {
-  Ints high = as_signed(x << (32u - static_cast<unsigned>(bits)));
-  return as_unsigned(high >> (32 - bits));
-}
+FO_INLINE U sign_extend(H x) { return (widen(x) ^ U(0x8000u)) - 0x8000u; }
 
 // Of numbers whose upper bits may be anything.
 FO_INLINE B low_byte(U x) {

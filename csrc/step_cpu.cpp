@@ -6,10 +6,20 @@ namespace {
 
 using namespace fo;
 
+// The core itself fetches what comes next, but never from beyond a page.
+constexpr int64_t PAGE = 4096;
+
 // A slot of a plain codec, known at run time only: one switch per vector, and values stay in registers.
 struct Plain : Slot {
   FO_INLINE F load(int64_t i) const {
     return with_plain(codec, [&](auto c) FO_LAMBDA { return c.decode(Lanes{planes, i}); });
+  }
+  // Asks for memory further on as well.
+  FO_INLINE F load(int64_t i, int64_t bytes_ahead) const {
+    return with_plain(codec, [&](auto c) FO_LAMBDA {
+      __builtin_prefetch(planes[0] + i * c.bits(0) / 8 + bytes_ahead);
+      return c.decode(Lanes{planes, i});
+    });
   }
   FO_INLINE void store(int64_t i, F x) const {
     with_plain(codec, [&](auto c) FO_LAMBDA { c.encode(x, Lanes{planes, i}); });
@@ -32,10 +42,10 @@ struct Slots {
   }
 
   // Full vectors of elements [begin, end).
-  FO_INLINE void update(Rule rule, F g_scale, int64_t begin, int64_t end) const {
+  FO_INLINE void update(Rule rule, F g_scale, int64_t begin, int64_t end, int64_t ahead = 0) const {
     for (int64_t i = begin; i < end; i += LANES) {
-      F p = param.load(i), g = grad.load(i) * g_scale, s[Rule::slots + 1];
-      FO_EACH_SLOT s[slot] = states[slot].load(i);
+      F p = param.load(i, ahead), g = grad.load(i, ahead) * g_scale, s[Rule::slots + 1];
+      FO_EACH_SLOT s[slot] = states[slot].load(i, ahead);
       rule(p, g, s);
       param.store(i, p);
       FO_EACH_SLOT states[slot].store(i, s[slot]);
@@ -43,9 +53,9 @@ struct Slots {
   }
 
   // Elements [begin, end), of which the last ones do not fill a vector in memory.
-  void update_all(const Rule& rule, F g_scale, int64_t begin, int64_t end) {
+  void update_all(const Rule& rule, F g_scale, int64_t begin, int64_t end, int64_t ahead = 0) {
     int64_t full = end - (end - begin) % LANES;
-    update(rule, g_scale, begin, full);
+    update(rule, g_scale, begin, full, ahead);
     if (full == end) return;
     Stage stages[Rule::slots + 2];
     int count = static_cast<int>(end - full);
@@ -146,7 +156,7 @@ void update(const Step& step, int64_t tensor, int64_t begin, int64_t end) {
   F g_scale = row[G_SCALE];
   bool plain = true;
   slots.each_written([&](const Slot& slot, int) { plain = plain && slot.codec < PLAIN_COUNT; });
-  if (plain && !step.layouts) return slots.update_all(rule, g_scale, begin, end);
+  if (plain && !step.layouts) return slots.update_all(rule, g_scale, begin, end, PAGE);
   Stream stream{0, 0, static_cast<uint32_t>(step.table.at(ORDINAL, tensor)), 0};
   memcpy(&stream.seed, row + SEED, 4), memcpy(&stream.step, row + fo::STEP, 4);
   for (int64_t first = begin; first < end; first += CHUNK) {

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
-from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.codecs import CODECS, OF_DTYPE
 from fused_optim.kernels.native import cpu
 from fused_optim.kernels.rules import RULES
 from tests import cases
@@ -94,16 +94,16 @@ def test_strided(name: str, view: Callable[[Tensor], Tensor], grad_kind: str, is
 
 def _bucket(rule: str, tensors: list[Tensor], row: list[float]) -> Any:
     """A bucket of one tensor: parameter, states, gradient."""
-    codec = {cases.DTYPES[name]: CODECS[name] for name in CODECS}
+    codec = {cases.DTYPES[name]: CODECS[name] for name in OF_DTYPE.values()}
     param, *states, grad = tensors
-    columns = [param.numel(), 0, 0, 0, *(tensor.data_ptr() for tensor in tensors)]
+    columns = [param.numel(), 0, 0, 0, 0, *(tensor.data_ptr() for tensor in tensors)]
     return SimpleNamespace(
         rule=RULES[rule],
         param=codec[param.dtype],
         grad=codec[grad.dtype],
         states=tuple(codec[state.dtype] for state in states),
         table=torch.tensor(columns).unsqueeze(1),
-        rows=torch.tensor([row]),
+        rows=torch.tensor([[*row[:2], 0.0, 0.0, *row[2:]]]),
         layouts=None,
         cache={},
         tensors=tensors,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.v(\d+))?\.[a-z]+(\d+)\s")
+_ASSIGNMENT = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.]*)\s+(%\w+|\{[^}]*\})\s*,\s*(.*);")
+_REGISTER = re.compile(r"%\w+")
 _BLOCK_END = re.compile(r"^\s*(?:\$L__BB\w+:|(?:@!?%\w+\s+)?bra\b|ret;)")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _RESOURCES = re.compile(r"(REG|STACK|LOCAL|SHARED):(\d+)")
@@ -17,10 +19,11 @@ _RESOURCES = re.compile(r"(REG|STACK|LOCAL|SHARED):(\d+)")
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store instruction of global memory."""
+    """One load or store instruction of global memory; ``table_entry``: the one its address comes from."""
 
     store: bool
     bytes: int
+    table_entry: str | None
 
 
 def _blocks(ptx: str) -> Iterator[list[str]]:
@@ -34,10 +37,40 @@ def _blocks(ptx: str) -> Iterator[list[str]]:
     yield block
 
 
+def _table_entries(ptx: str) -> Callable[[str], str | None]:
+    """Finds the 64-bit word loaded from memory that an address register was computed from."""
+    sources: dict[str, set[str]] = {}
+    loaded = set[str]()
+    for assignment in filter(None, map(_ASSIGNMENT.match, ptx.splitlines())):
+        for target in _REGISTER.findall(assignment[2]):
+            if assignment[1].startswith("ld.global"):
+                loaded |= {target} if assignment[1].endswith(".b64") else set()
+            elif assignment[1] != "mov.u64" or "%" in assignment[3]:
+                sources.setdefault(target, set()).update(_REGISTER.findall(assignment[3]))
+
+    def find(register: str) -> str | None:
+        pending, seen = [register], set[str]()
+        while pending:
+            current = pending.pop()
+            if current in loaded:
+                return current
+            if current not in seen:
+                seen.add(current)
+                pending += sources.get(current, ())
+        return None
+
+    return find
+
+
 def main_accesses(ptx: str) -> list[Access]:
     """Accesses of a full tile: of the basic block that moves most, among those that store if any do."""
+    table_entry = _table_entries(ptx)
     accesses = [
-        [Access(m[1] == "st", int(m[2] or 1) * int(m[3]) // 8) for m in map(_ACCESS.search, block) if m]
+        [
+            Access(m[1] == "st", int(m[2] or 1) * int(m[3]) // 8, table_entry(address[1]))
+            for line in block
+            if (m := _ACCESS.search(line)) and (address := re.search(r"\[\s*(%\w+)", line))
+        ]
         for block in _blocks(ptx)
     ]
     # A single store is a reduction's result.

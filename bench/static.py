@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
 from fused_optim.kernels.rules import RULES
-from fused_optim.kernels.spec import bytes_moved
+from fused_optim.kernels.spec import Codec, Slot, bytes_moved
 from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
 
-from .machine_code import disassemble, executed_path, instructions, main_accesses
+from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
 
 CAPABILITIES = (80, 90, 100)
-STORAGES = (
+PLAIN = (
     ("fp32", "fp32", "fp32"),
     ("bf16", "fp32", "bf16"),
     ("bf16", "bf16", "bf16"),
@@ -35,9 +35,23 @@ STORAGES = (
     ("fp32", "bf16", "fp32"),
     ("fp32", "fp32", "bf16"),
 )
+CODED = (
+    ("fp32", "int8", "fp32"),
+    ("fp32", "int8_companded", "fp32"),
+    ("fp32", "fp8", "fp32"),
+    ("fp32", "int4", "fp32"),
+    ("bf16_split8", "int8_companded", "bf16"),
+    ("bf16_split16", "bf16_sr", "bf16"),
+    ("bf16_kahan", "bf16", "bf16"),
+    ("fp16_kahan", "fp16", "fp16"),
+    ("bf16_sr", "int4", "bf16"),
+)
+STORAGES = PLAIN + CODED
 """(parameter, every state, gradient): what people train with."""
 
-FLOATS = tuple(name for name, codec in CODECS.items() if codec.compute == "float32")
+FLOATS = tuple(name for name in OF_DTYPE.values() if CODECS[name].compute == "float32")
+PARAMS = tuple(name for name in PARAM_CODECS if CODECS[name].compute == "float32")
+STATES = tuple(name for name in STATE_CODECS if CODECS[name].compute == "float32")
 
 _TYPES = {"tiles": "*i32", "table": "*i64", "rows": "*fp32", "layouts": "*i64", "partials": "*fp64"}
 
@@ -54,7 +68,11 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Counts for one kernel; per element on the path of a full tile, ``emitted`` over the whole kernel."""
+    """Counts for one kernel; per element on the path of a full tile, ``emitted`` over the whole kernel.
+
+    A scale is read by all threads of its block and written by one of them: ``scales`` counts instructions.
+    ``gathered`` ones look up a table, which stays in the cache and is no traffic.
+    """
 
     kernel: str
     storage: str
@@ -63,6 +81,8 @@ class Report:
     sm: int
     read: float
     written: float
+    scales: float
+    gathered: float
     model: tuple[float, float]
     access: tuple[int, ...]
     registers: int
@@ -81,6 +101,10 @@ class Report:
         return self.executed / self.budget
 
 
+def _variant(name: str, slot: Slot) -> str:
+    return for_slot(name, slot.signed).name
+
+
 def step_jobs(
     rules: Iterable[str], storages: Iterable[tuple[str, str, str]], exact: Iterable[bool], sm: Iterable[int]
 ) -> list[Job]:
@@ -88,7 +112,7 @@ def step_jobs(
     jobs = itertools.product(rules, storages, exact, sm)
     return list(
         dict.fromkeys(
-            Job(rule, (p, *(s,) * len(RULES[rule].slots), g), exact, False, sm)
+            Job(rule, (p, *(_variant(s, slot) for slot in RULES[rule].slots), g), exact, False, sm)
             for rule, (p, s, g), exact, sm in jobs
         )
     )
@@ -98,7 +122,7 @@ def main_jobs(sm: Iterable[int] = CAPABILITIES, rules: Iterable[str] = tuple(RUL
     """Every rule with the main storages in both arithmetics, one of them strided; sums of squares."""
     sm = tuple(sm)
     jobs = step_jobs(rules, STORAGES, (True, False), sm)
-    jobs += [job._replace(strided=True) for job in step_jobs(rules, STORAGES[1:2], (True,), sm)]
+    jobs += [job._replace(strided=True) for job in step_jobs(rules, PLAIN[1:2], (True,), sm)]
     return jobs + [Job(None, (name,), True, False, capability) for name in FLOATS for capability in sm]
 
 
@@ -107,7 +131,8 @@ def every_job(sm: Iterable[int], rules: Iterable[str]) -> list[Job]:
     return [
         Job(rule, storage, exact, False, capability)
         for rule in rules
-        for storage in itertools.product(FLOATS, repeat=2 + len(RULES[rule].slots))
+        for p, g, *states in itertools.product(PARAMS, FLOATS, *[STATES] * len(RULES[rule].slots))
+        for storage in [(p, *map(_variant, states, RULES[rule].slots), g)]
         for exact in (True, False)
         for capability in sm
     ]
@@ -115,9 +140,12 @@ def every_job(sm: Iterable[int], rules: Iterable[str]) -> list[Job]:
 
 def quick_jobs() -> list[Job]:
     """What the tests compile: everything in fp32 or bf16 for sm_90, a mixture for all, one strided kernel."""
-    jobs = step_jobs(RULES, STORAGES[:3:2], (True, False), (90,))
-    jobs += step_jobs(("adam", "lion"), STORAGES[1:2], (True,), CAPABILITIES)
+    jobs = step_jobs(RULES, PLAIN[:3:2], (True, False), (90,))
+    jobs += step_jobs(("adam", "lion"), PLAIN[1:2], (True,), CAPABILITIES)
     jobs += [Job("adam", ("bf16", "fp32", "fp32", "bf16"), True, True, 90)]
+    jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1]), (False,), (90,))
+    jobs += step_jobs(("adam",), CODED[1:2], (True,), (90,))
+    jobs += step_jobs(("sgd_momentum",), CODED[4:-1], (False,), (90,))
     return jobs + [Job(None, (name,), True, False, 90) for name in FLOATS]
 
 
@@ -143,6 +171,31 @@ def compile_kernel(job: Job) -> Any:
     return compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
 
 
+def _traffic(
+    accesses: list[Access], codecs: list[Codec], elements: float, strided: bool
+) -> tuple[float, float, float, float, tuple[int, ...]]:
+    """Bytes read and written, instructions for scales and lookups, each per element; widths of the others."""
+    bytes_of, scales, gathered, widths = [0.0, 0.0], 0, 0, set[int]()
+    # Addresses are loaded in the order of the table, and registers numbered in the order of the loads.
+    entries = sorted({a.table_entry or "" for a in accesses}, key=lambda name: (len(name), name))
+    homes = [(c, plane) for c in codecs for plane in (*c.planes, *[None] * (c.lookup is not None))]
+    assert strided or len(entries) == len(homes), (entries, homes)
+    for access in accesses:
+        codec, plane = codecs[0], None if not strided else codecs[0].planes[0]
+        if not strided:
+            codec, plane = homes[entries.index(access.table_entry or "")]
+        if plane is None:
+            gathered += 1
+        elif codec.block > 1 and plane.per == codec.block:
+            scales += 1
+        else:
+            bytes_of[access.store] += access.bytes
+            widths.add(access.bytes)
+    per_scale = sum(p.bits / 8 / p.per for c in codecs for p in c.planes if c.block > 1 and p.per == c.block)
+    read, written = (total / elements + per_scale for total in bytes_of)
+    return read, written, scales / elements, gathered / elements, tuple(sorted(widths))
+
+
 def report(job: Job) -> Report:
     """Compiles a kernel and counts."""
     import triton
@@ -155,6 +208,7 @@ def report(job: Job) -> Report:
     shape = launch_shape(codecs)
     threads = 32 * shape.warps
     elements = (shape.chunk if job.strided else shape.tile) / threads
+    read, written, scales, gathered, widths = _traffic(accesses, codecs, elements, job.strided)
     if job.rule is None:
         model, auto = (codecs[0].bytes_per_value, 0.0), "exact"
     else:
@@ -167,15 +221,18 @@ def report(job: Job) -> Report:
         strided=job.strided,
         arithmetic="exact" if job.exact else "fast",
         sm=job.capability,
-        read=sum(access.bytes for access in accesses if not access.store) / elements,
-        written=sum(access.bytes for access in accesses if access.store) / elements,
+        read=read,
+        written=written,
+        scales=scales,
+        gathered=gathered,
         model=model,
-        access=tuple(sorted({access.bytes for access in accesses})),
+        access=widths,
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
-        contracted=len(re.findall(r"\bfma\.", ptx)),
-        approximate=len(re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", ptx)),
+        # Those with .ftz are the codecs' own, which correct an approximation (arithmetic.py).
+        contracted=len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        approximate=len(re.findall(r"\b(?:(?:div|rcp|rsqrt)\.(?:approx|full)\.f32|sqrt\.approx)", ptx)),
         emitted=len(code) / elements,
         executed=len(executed_path(code)) / elements,
         budget=LANE_INSTRUCTIONS_PER_BYTE * sum(model),
@@ -193,14 +250,14 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Report]:
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
-        "kernel        parameter/states/gradient    arithmetic  sm  read  written  access"
+        f"{'kernel':<14}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
         "  registers  emitted  executed   budget  used  auto"
     ]
     for r in reports:
         storage = r.storage + (" strided" if r.strided else "")
         access = ",".join(map(str, r.access))
         lines.append(
-            f"{r.kernel:<14}{storage:<29}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
+            f"{r.kernel:<14}{storage:<53}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
             f"{r.registers:>11}{r.emitted:>9.1f}{r.executed:>10.1f}{r.budget:>9.1f}{r.share:>6.0%}  {r.auto}"
         )
     return "\n".join(lines)

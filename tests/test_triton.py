@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 import fused_optim
 from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.reference import rules as reference
+from fused_optim.kernels.reference.blocks import BLOCK_CODECS
+from fused_optim.kernels.reference.philox import philox
 from fused_optim.kernels.rules import RULES
-from fused_optim.kernels.spec import Rule
+from fused_optim.kernels.spec import Codec, Rule
 from fused_optim.kernels.triton import driver
 from fused_optim.kernels.triton.budget import auto_exact, launch_shape
 from tests import cases
@@ -23,6 +26,7 @@ from tests.cases import DTYPES, Case, Target, assert_same_bits, normal
 
 TARGETS = [cases.INTERPRETER, cases.GPU[0]]
 FP32 = CODECS["fp32"]
+Array = np.ndarray
 
 
 def _bed(rule: str, codecs: tuple[str, ...], target: Target, sizes: list[int]) -> Bed:
@@ -51,7 +55,7 @@ def test_encode_rounds_to_nearest_even(codec: str, target: Target) -> None:
     bucket.state_planes[index][0][0].fill_(-1)
     owners = [member.param for member in bucket.members]
     owners[index].grad.copy_(values)
-    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     driver.step(bucket)
     assert_same_bits(bucket.state_planes[index][0][0], values.to(DTYPES[codec]))
 
@@ -66,7 +70,7 @@ def test_decode_takes_every_code(codec: str, target: Target) -> None:
     (index,) = [i for i, n in enumerate(bucket.numels) if n == 2**16]
     bucket.params[index].fill_(-0.0)
     bucket.members[index].param.grad.copy_(codes)
-    bucket.rows[:] = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, -1.0])
     driver.step(bucket)
     assert_same_bits(bucket.params[index], codes.float())
 
@@ -131,7 +135,7 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     p, s, g = (normal(n, torch.float32, n).to(device) for n in (count, count, step * count))
     g_start = 2 + 3 * column if strided else start
     table = torch.tensor(
-        [numel, 0, 1, 0, p.data_ptr() - 4 * start, s.data_ptr() - 4 * start, 0], device=device
+        [numel, 0, 1, 0, 0, p.data_ptr() - 4 * start, s.data_ptr() - 4 * start, 0], device=device
     )
     table[-1] = g.data_ptr() - 4 * g_start
     layout = [2, *sizes, *(1,) * 6, sizes[1], 1, *(0,) * 6, 1, 3, *(0,) * 6]
@@ -139,7 +143,7 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     bucket = SimpleNamespace(
         rule=rule, param=FP32, states=(FP32,), grad=FP32, strided=strided, exact=True, device=device,
         cache={},
-        table=table[:, None], rows=torch.tensor([[1.0, 1.0, *k]], device=device),
+        table=table[:, None], rows=torch.tensor([[1.0, 1.0, 0.0, 0.0, *k]], device=device),
         layouts=torch.tensor([layout], device=device),
         tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -147,6 +151,120 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     driver.step(bucket)
     assert_same_bits(p, expected)
     assert_same_bits(s, momentum)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_random_bits_beyond_32_bit_counters(target: Target) -> None:
+    """The last tile of a tensor of 2**36 + 4133 elements, of which only that tile exists."""
+    device, codec = torch.device(target.device), CODECS["bf16_sr"]
+    size = launch_shape([codec, FP32]).tile
+    start, numel = (2**36 // size + 2) * size, 2**36 + 2 * size + 37
+    p, g = torch.zeros(37, dtype=torch.bfloat16, device=device), normal(37, torch.float32, 1).to(device)
+    addresses = [p.data_ptr() - 2 * start, g.data_ptr() - 4 * start]
+    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, -1.0]])
+    rows.view(torch.int32)[0, 2:4] = torch.tensor([-5, 3])
+    bucket = SimpleNamespace(
+        rule=RULES["sgd"], param=codec, states=(), grad=FP32, strided=False, exact=True, device=device,
+        cache={}, rows=rows.to(device), layouts=None,
+        table=torch.tensor([numel, 0, 1, 0, 7, *addresses], device=device)[:, None],
+        tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
+    )  # fmt: skip
+    driver.step(bucket)
+    eighth = torch.arange(start // 8, start // 8 + 5)
+    counter = eighth & 0xFFFFFFFF, eighth >> 32, torch.full_like(eighth, 7), torch.zeros_like(eighth)
+    words = torch.stack(philox(counter, (2**32 - 5, 3)), 1).flatten()
+    random = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:37].int()
+    expected = ((g.cpu().view(torch.int32) + random) >> 16).to(torch.int16).view(torch.bfloat16)
+    assert_same_bits(p, expected)
+
+
+def _blocks_of_every_kind(numel: int) -> Tensor:
+    """Blocks of ordinary numbers, and some whose largest one is NaN, Inf, zero, denormal, tiny or huge."""
+    x, lane = normal(numel, torch.float32, 3), torch.arange(numel)
+    kind = lane // 256 % 9
+    x[lane % 13 == 5] = 0.0
+    x[kind == 1] *= 1e-38
+    x[kind == 2] *= 3e36
+    x[(kind == 3) & (lane % 100 == 7)] = float("nan")
+    x[(kind == 4) & (lane % 64 == 7)] = float("inf")
+    x[kind == 5] = 0.0
+    # The largest magnitude has both signs.
+    x[kind == 6] = x[kind == 6].sign() * 0.5
+    x[kind == 7] = 1e-41
+    return x
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "codec", [codec for codec in CODECS.values() if codec.block > 1], ids=lambda c: c.name
+)
+def test_blocks_of_every_kind(codec: Codec, target: Target) -> None:
+    numel = 9 * 256 + 101
+    case = Case(RULES["sgd_momentum"], FP32, FP32, (codec,))
+    bed = Bed(case, target, [numel], odd_sizes=())
+    bed.step()
+    bucket = bed.bucket()
+    x = _blocks_of_every_kind(numel)
+    x = x.abs() if codec.name.endswith("unsigned") else x
+    (planes,) = bucket.state_planes[0]
+    bucket.members[0].param.grad.copy_(x)
+    # The new state is the gradient; then the parameter is what that decodes to.
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    for plane in planes:
+        plane.zero_()
+    driver.step(bucket)
+    expected = BLOCK_CODECS[codec.name].encode(x + 0.0)
+    for plane, actual, wanted in zip(codec.planes, planes, expected, strict=True):
+        assert_same_bits(actual, wanted, f"{codec.name}{plane.suffix}")
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, -1.0])
+    bucket.members[0].param.grad.zero_()
+    bucket.params[0].zero_()
+    driver.step(bucket)
+    assert_same_bits(bucket.params[0] + 0.0, BLOCK_CODECS[codec.name].decode(expected)[:numel] + 0.0)
+
+
+def _fma(x: Array, y: Array, z: Array) -> Array:
+    return (x.astype(np.float64) * y + z).astype(np.float32)
+
+
+def _neighbours(x: Array) -> Array:
+    """The 129 fp32 numbers around each of some."""
+    bits = x.astype(np.float32).view(np.int32)[:, None] + np.arange(-64, 65, dtype=np.int32)
+    return bits.view(np.float32).flatten()
+
+
+def _ulps(x: Array, ulps: int) -> Array:
+    return (x.astype(np.float32).view(np.int32) + np.int32(ulps)).view(np.float32)
+
+
+def _quotient(x: Array, y: Array, ulps: int) -> Array:
+    """What ``arithmetic.quotient`` computes with a reciprocal that is some ulps off."""
+    r = _ulps(1 / y.astype(np.float64), ulps)
+    q = x * r
+    return _fma(_fma(-y, q, x), r, q)
+
+
+def _root(x: Array, ulps: int) -> Array:
+    r = _ulps(1 / np.sqrt(x.astype(np.float64)), ulps)
+    q = x * r
+    return _fma(_fma(-q, q, x), np.float32(0.5) * r, q)
+
+
+@pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
+def test_corrected_approximations_give_the_codes_of_ieee_arithmetic(ulps: int) -> None:
+    """Everywhere if around every number at which the code changes: elsewhere an ulp changes nothing."""
+    f = np.float32
+    q = np.arange(128, dtype=f)
+    assert np.array_equal(_quotient(q, 254 - q, ulps), q / (254 - q))
+    ties = np.arange(127) + 0.5
+    n = _neighbours(ties / (254 - ties))
+    x, y = f(254) * n, f(1) + n
+    assert np.array_equal(np.rint(_quotient(x, y, ulps)), np.rint(x / y))
+    n = _neighbours(((np.arange(255) + 0.5) / 255) ** 2)
+    assert np.array_equal(np.rint(f(255) * _root(n, ulps)), np.rint(f(255) * np.sqrt(n)))
+    n = _neighbours(((np.arange(1, 16) + 0.5) / 16) ** 4)
+    expected = np.rint(f(16) * np.sqrt(np.sqrt(n)))
+    assert all(np.array_equal(np.rint(f(16) * _root(_root(n, ulps), u)), expected) for u in (-2, 0, 2))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,9 +1,12 @@
-"""Division, square root, maximum and sign as the rules need them, in both arithmetics."""
+"""Arithmetic as the rules need it, exact or fast, and as the codecs need it, the same bits in both."""
 
 import triton
 import triton.language as tl
 
 PROPAGATE = tl.constexpr(tl.PropagateNan.ALL)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Adding this rounds |x| < 2**22 to an integer, to nearest even, which is then the sum's lower bits.
+ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -34,3 +37,92 @@ def maximum(x, y):
 def sign(x):
     """-1, 0 or 1; 0 for NaN."""
     return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def times(x, y):
+    """A product that is rounded before anything is added to it, in fast arithmetic too."""
+    if INTERPRETED:
+        return x * y
+    else:
+        # libdevice has this too, but compiled to flush denormals.
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def minus(x, y):
+    """A difference of rounded values, in fast arithmetic too."""
+    if INTERPRETED:
+        return x - y
+    else:
+        return tl.inline_asm_elementwise(
+            "sub.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """Correctly rounded; shorter than a division by far."""
+    if INTERPRETED:
+        return tl.div_rn(1.0, x)
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def quotient(x, y):
+    """``x / y`` for ``1 <= y <= 254`` and ``|x| <= 254.5``, rounded correctly unless it is below 2**-20.
+
+    One correction of an approximate reciprocal that is within 2 ulp; the compiler's own division makes
+    two and branches for huge and tiny numbers. tests/test_triton.py tries all that the codecs divide.
+    """
+    if INTERPRETED:
+        return tl.div_rn(x, y)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, q, m, e;
+            rcp.approx.ftz.f32 r, $2;
+            mul.rn.ftz.f32 q, $1, r;
+            neg.ftz.f32 m, $2;
+            fma.rn.ftz.f32 e, m, q, $1;
+            fma.rn.ftz.f32 $0, e, r, q; }""",
+            "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def root(x):
+    """The square root of ``2**-19 <= x < 1.01`` within an ulp, near enough for the codecs' codes."""
+    if INTERPRETED:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 r, h, q, m, e;
+            rsqrt.approx.ftz.f32 r, $1;
+            mul.rn.ftz.f32 q, $1, r;
+            mul.rn.ftz.f32 h, r, 0f3F000000;
+            neg.ftz.f32 m, q;
+            fma.rn.ftz.f32 e, m, q, $1;
+            fma.rn.ftz.f32 $0, e, h, q; }""",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x):
+    """The integer nearest to ``|x| < 2**22``, ties to even."""
+    return (x + ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000

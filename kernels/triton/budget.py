@@ -16,6 +16,13 @@ USABLE_SHARE = 0.6
 EXACT_INSTRUCTIONS = {"sgd": 14, "sgd_momentum": 24, "lion": 27, "adam": 55, "adam_amsgrad": 59}
 """Executed per element in exact arithmetic, rounded up from the dearest storage of ``bench static``."""
 
+CODEC_INSTRUCTIONS = {
+    **{"bf16_sr": 19, "bf16_kahan": 13, "fp16_kahan": 11, "bf16_split8": 18, "bf16_split16": 9},
+    **{"int8": 36, "int8_unsigned": 30, "int8_companded": 33, "int8_companded_unsigned": 34},
+    **{"fp8": 27, "fp8_unsigned": 32, "int4": 48, "int4_unsigned": 35},
+}
+"""The same for decoding and encoding, beyond fp32; the rules' own figures include bf16 and fp16."""
+
 
 class Shape(NamedTuple):
     """Elements per program, per masked chunk and per aligned access; warps per program."""
@@ -32,9 +39,11 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     The widest plane is read 16 bytes at a time. Narrower ones follow with as many elements: a wider
     access would have to be redistributed through shared memory (a barrier per plane, 16 more registers).
     """
-    widest = max(plane.bits for codec in codecs for plane in codec.planes)
+    widest = max(plane.bits // plane.per for c in codecs for plane in c.planes if plane.per < max(c.block, 2))
     narrow = sum(codec.bytes_per_value for codec in codecs) <= 2
-    return Shape(4096 if narrow else 2048, 512, 128 // widest, warps=4)
+    # A block stays within a warp: in a chunk each of four warps has a quarter.
+    chunk = max(512, *(4 * codec.block for codec in codecs))
+    return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
 
 
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:
@@ -43,5 +52,6 @@ def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...])
     A rule that nobody has counted yet is taken to cost as much as the dearest.
     """
     instructions = EXACT_INSTRUCTIONS.get(rule.name, max(EXACT_INSTRUCTIONS.values()))
+    instructions += sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in (param, *states))
     budget = LANE_INSTRUCTIONS_PER_BYTE * sum(bytes_moved(rule, param, grad, states))
     return instructions <= USABLE_SHARE * budget

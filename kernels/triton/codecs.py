@@ -1,68 +1,139 @@
-"""The codecs: planes in memory to fp32 values in registers and back.
+"""The codecs whose values stand for themselves: planes in memory to fp32 values in registers and back.
 
-``<name>_decode(planes, place, VECTOR)`` and ``<name>_encode(x, planes, place, VECTOR)`` are found by the
-codec's name in the catalogue. ``planes`` are addresses; ``place`` is ``(start, offs, mask)``: elements
-``start + offs`` where ``mask`` holds, all of them if it is None.
+``<name>_decode(planes, home, SPREAD, CODEC)`` and ``<name>_encode(x, planes, home, stream, SPREAD, CODEC)``
+are found by the codec's name in the catalogue; those of block codecs, ``<name>_value`` and ``<name>_code``,
+are in block_codecs.py. ``planes`` are addresses; tile.py says what a home is, philox.py what a stream.
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .arithmetic import INTERPRETED, bits_of, float_of, minus
+from .philox import random_16_bits
+from .tile import read, write
+
+INFINITY = tl.constexpr(0x7F800000)
+QUIET_NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
-def address(plane, DTYPE: tl.constexpr, place, VECTOR: tl.constexpr):
-    """Pointers to elements ``start + offs``; ``VECTOR`` elements of a plane are aligned and go together."""
-    pointer = plane.to(tl.pointer_type(DTYPE))
-    if VECTOR > 1:
-        pointer = tl.multiple_of(pointer, VECTOR * (DTYPE.primitive_bitwidth // 8))
-    return pointer + place[0] + place[1]
+def _canonical(x):
+    """The bits of fp32 values, all NaNs made one, and whether the value is finite."""
+    bits = tl.where(x == x, bits_of(x), QUIET_NAN).to(tl.uint32)
+    return bits, (bits & 0x7FFFFFFF) < INFINITY
 
 
 @triton.jit
-def read(plane, DTYPE: tl.constexpr, place, VECTOR: tl.constexpr):
-    return tl.load(address(plane, DTYPE, place, VECTOR), mask=place[2])
+def fp32_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    return read(planes[0], tl.float32, home[0], SPREAD[0])
 
 
 @triton.jit
-def write(plane, DTYPE: tl.constexpr, place, x, VECTOR: tl.constexpr):
-    tl.store(address(plane, DTYPE, place, VECTOR), x, mask=place[2])
+def fp32_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    write(planes[0], tl.float32, home[0], x, SPREAD[0])
 
 
 @triton.jit
-def fp32_decode(planes, place, VECTOR: tl.constexpr):
-    return read(planes[0], tl.float32, place, VECTOR)
+def fp16_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    return read(planes[0], tl.float16, home[0], SPREAD[0]).to(tl.float32)
 
 
 @triton.jit
-def fp32_encode(x, planes, place, VECTOR: tl.constexpr):
-    write(planes[0], tl.float32, place, x, VECTOR)
+def fp16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    write(planes[0], tl.float16, home[0], x.to(tl.float16), SPREAD[0])
 
 
 @triton.jit
-def fp16_decode(planes, place, VECTOR: tl.constexpr):
-    return read(planes[0], tl.float16, place, VECTOR).to(tl.float32)
+def fp16_kahan_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    p = read(planes[0], tl.float16, home[0], SPREAD[0])
+    return p.to(tl.float32) + read(planes[1], tl.float16, home[1], SPREAD[0]).to(tl.float32)
 
 
 @triton.jit
-def fp16_encode(x, planes, place, VECTOR: tl.constexpr):
-    write(planes[0], tl.float16, place, x.to(tl.float16), VECTOR)
+def fp16_kahan_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    p = x.to(tl.float16)
+    kept = p.to(tl.float32)
+    lost = tl.where(tl.abs(kept) < float("inf"), minus(x, kept), 0.0)
+    write(planes[0], tl.float16, home[0], p, SPREAD[0])
+    write(planes[1], tl.float16, home[1], lost.to(tl.float16), SPREAD[0])
 
 
 @triton.jit
-def bf16_decode(planes, place, VECTOR: tl.constexpr):
+def _from_bf16(half):
     # The interpreter's own conversion loses denormals.
-    return (read(planes[0], tl.uint16, place, VECTOR).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return float_of(half.to(tl.uint32) << 16)
 
 
 @triton.jit
-def bf16_encode(x, planes, place, VECTOR: tl.constexpr):
+def _to_bf16(x):
     # The interpreter's cast truncates; on a GPU the cast is one instruction for two values.
     if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits_of(x)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        half = tl.where(x == x, bits, 0x7FFF).to(tl.uint16)
+        return tl.where(x == x, bits, 0x7FFF).to(tl.uint16)
     else:
-        half = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
-    write(planes[0], tl.uint16, place, half, VECTOR)
+        return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+
+
+@triton.jit
+def bf16_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    return _from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0]))
+
+
+@triton.jit
+def bf16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    write(planes[0], tl.uint16, home[0], _to_bf16(x), SPREAD[0])
+
+
+@triton.jit
+def bf16_kahan_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    p = read(planes[0], tl.uint16, home[0], SPREAD[0])
+    return _from_bf16(p) + _from_bf16(read(planes[1], tl.uint16, home[1], SPREAD[0]))
+
+
+@triton.jit
+def bf16_kahan_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    p = _to_bf16(x)
+    kept = _from_bf16(p)
+    lost = tl.where(tl.abs(kept) < float("inf"), minus(x, kept), 0.0)
+    write(planes[0], tl.uint16, home[0], p, SPREAD[0])
+    write(planes[1], tl.uint16, home[1], _to_bf16(lost), SPREAD[0])
+
+
+bf16_sr_decode = bf16_decode
+
+
+@triton.jit
+def bf16_sr_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    bits, finite = _canonical(x)
+    bits = tl.where(finite, bits + random_16_bits(home[1], stream, SPREAD), bits)
+    write(planes[0], tl.uint16, home[0], (bits >> 16).to(tl.uint16), SPREAD[0])
+
+
+@triton.jit
+def bf16_split16_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    high = read(planes[0], tl.uint16, home[0], SPREAD[0]).to(tl.uint32) << 16
+    low = read(planes[1], tl.int16, home[1], SPREAD[0]).to(tl.int32)
+    return float_of(high + low.to(tl.uint32))
+
+
+@triton.jit
+def bf16_split16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    bits, _ = _canonical(x)
+    write(planes[0], tl.uint16, home[0], ((bits + 0x8000) >> 16).to(tl.uint16), SPREAD[0])
+    write(planes[1], tl.uint16, home[1], bits.to(tl.uint16), SPREAD[0])
+
+
+@triton.jit
+def bf16_split8_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    high = read(planes[0], tl.uint16, home[0], SPREAD[0]).to(tl.uint32) << 16
+    low = read(planes[1], tl.int8, home[1], SPREAD[0]).to(tl.int32) << 8
+    return float_of(high + low.to(tl.uint32))
+
+
+@triton.jit
+def bf16_split8_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
+    bits, finite = _canonical(x)
+    bits = tl.where(finite, bits + 0x7F + (bits >> 8 & 1), bits)
+    write(planes[0], tl.uint16, home[0], ((bits + 0x8000) >> 16).to(tl.uint16), SPREAD[0])
+    write(planes[1], tl.uint8, home[1], (bits >> 8).to(tl.uint8), SPREAD[0])

@@ -50,29 +50,49 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def _functions(codec: str) -> tuple[Any, Any] | None:
+    """The functions of a codec in codecs.py (decode, encode) or in block_codecs.py (value, code)."""
+    from . import block_codecs, codecs
+
+    for module, names in ((codecs, ("decode", "encode")), (block_codecs, ("value", "code"))):
+        found = tuple(getattr(module, f"{codec}_{name}", None) for name in names)
+        if None not in found:
+            return found
+    return None
+
+
 def lacks(codec: str) -> bool:
     """Whether no kernel functions store values like this."""
-    from . import codecs
-
-    return not hasattr(codecs, f"{codec}_encode")
+    return _functions(codec) is None
 
 
-def _codec(codec: Codec) -> tuple[Any, Any, int]:
-    from . import codecs
+def _codec(codec: Codec) -> tuple[Any, ...]:
+    """Decode, encode, the number of addresses, and a block codec's format."""
+    import triton.language as tl
 
-    decode, encode = getattr(codecs, f"{codec.name}_decode"), getattr(codecs, f"{codec.name}_encode")
-    return decode, encode, len(codec.planes)
+    from . import blocks
+
+    functions = _functions(codec.name)
+    assert functions is not None, codec.name
+    if codec.block == 1:
+        return *functions, tl.constexpr(codec.columns)
+    codes, scales = codec.planes
+    signed_scale = codec.name == "int4"
+    # Inside a nested tuple Triton wraps nothing by itself.
+    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, signed_scale))
+    return blocks.block_decode, blocks.block_encode, tl.constexpr(codec.columns), *functions, *numbers
 
 
-def _sources(*functions: Any) -> str:
-    """A hash of the text of functions and of all they call (the interpreter's have none)."""
-    text = "".join(getattr(function, "cache_key", "") for function in functions)
+def _sources(*parts: Any) -> str:
+    """A hash of the text of functions among these and of all they call (the interpreter's have none)."""
+    text = "".join(getattr(part, "cache_key", "") for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _shared_constants(codecs: Sequence[Codec], strided: bool) -> tuple[Constants, Constants]:
     shape = launch_shape(codecs)
-    constants = {"STRIDED": strided, "TILE": shape.tile, "CHUNK": shape.chunk, "VECTOR": shape.vector}
+    constants = {"STRIDED": strided, "TILE": shape.tile, "CHUNK": shape.chunk}
+    constants |= {"SPREAD": (shape.vector, shape.warps), "MASKED_SPREAD": (1, shape.warps)}
     options = {"num_warps": shape.warps, "num_stages": 1}
     if strided:
         # Left alone, ptxas spills 8 bytes of two of these for more warps (3.9, sm_90). A bound for the
@@ -89,7 +109,7 @@ def step_constants(
 
     function, in_registers = getattr(rules, rule.name), tuple(map(_codec, codecs))
     constants, options = _shared_constants(codecs, strided)
-    sources = _sources(function, *(f for codec in in_registers for f in codec[:2]))
+    sources = _sources(function, *(part for codec in in_registers for part in codec))
     constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
     return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
 

@@ -1,12 +1,15 @@
 """The kernels: one step for every rule with any codecs, one sum of squares; any number of tensors a launch.
 
 A program works on one tile. A full tile of aligned planes is read and written in vectors of up to 16
-bytes; any other goes in masked chunks. Codecs are ``(decode, encode, number of planes)``, in the order
-of the table: parameter, states, gradient.
+bytes; any other goes in masked chunks. Codecs are ``(decode, encode, addresses, ...)``, in the order
+of the table: parameter, states, gradient. tile.py says what places, homes and ``SPREAD`` are, blocks.py
+what else belongs to a block codec.
 """
 
 import triton
 import triton.language as tl
+
+from .tile import offsets
 
 HEADER = tl.constexpr(5)
 ROW_HEADER = tl.constexpr(4)
@@ -56,33 +59,43 @@ def _walk(layout, start, offs, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _chunk(layouts, table, n, start, count, CHUNK: tl.constexpr, STRIDED: tl.constexpr):
+def _chunk(layouts, table, n, start, count, CHUNK: tl.constexpr, WARPS: tl.constexpr, STRIDED: tl.constexpr):
     """A masked chunk's place in the parameter, in the (always dense) states and in the gradient."""
-    offs = tl.arange(0, CHUNK)
+    offs = offsets(CHUNK, 32, WARPS)
     mask = offs < count
     if STRIDED:
         layout = layouts + tl.load(table + 3 * n) * (1 + 3 * MAX_DIMS)
         p_offs, g_offs = _walk(layout, start, offs, CHUNK)
-        return (0, p_offs, mask), (start, offs, mask), (0, g_offs, mask)
+        return (0, p_offs, mask), (start, offs, mask, count), (0, g_offs, mask)
     else:
-        return (start, offs, mask), (start, offs, mask), (start, offs, mask)
+        dense = (start, offs, mask, count)
+        return dense, dense, dense
+
+
+@triton.jit
+def _stream(row, table, n):
+    """Seed, step and ordinal: whose random bits. Not loaded if no codec asks for any."""
+    words = (row + 2).to(tl.pointer_type(tl.int32))
+    ordinal = tl.load(table + 4 * n).to(tl.uint32)
+    return tl.load(words).to(tl.uint32), tl.load(words + 1).to(tl.uint32), ordinal
 
 
 @triton.jit
 def _update(
-    planes, places, g_scale, k,
-    RULE: tl.constexpr, CODECS: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
+    planes, places, stream, g_scale, k,
+    RULE: tl.constexpr, CODECS: tl.constexpr, EXACT: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    p_place, s_place, g_place = places
-    p = CODECS[0][0](planes[0], p_place, VECTOR)
-    g = CODECS[-1][0](planes[-1], g_place, VECTOR) * g_scale
+    p_place, dense, g_place = places
+    p_home, s_home = (p_place, dense), (dense, dense)
+    p = CODECS[0][0](planes[0], p_home, SPREAD, CODECS[0])
+    g = CODECS[-1][0](planes[-1], (g_place, dense), SPREAD, CODECS[-1]) * g_scale
     s = ()
     for i in tl.static_range(1, len(CODECS) - 1):
-        s += (CODECS[i][0](planes[i], s_place, VECTOR),)
+        s += (CODECS[i][0](planes[i], s_home, SPREAD, CODECS[i]),)
     p, s = RULE(p, g, s, k, EXACT)
-    CODECS[0][1](p, planes[0], p_place, VECTOR)
+    CODECS[0][1](p, planes[0], p_home, (0, stream), SPREAD, CODECS[0])
     for i in tl.static_range(1, len(CODECS) - 1):
-        CODECS[i][1](s[i - 1], planes[i], s_place, VECTOR)
+        CODECS[i][1](s[i - 1], planes[i], s_home, (i, stream), SPREAD, CODECS[i])
 
 
 # SOURCES is a hash of the functions' text: Triton's cache on disk knows functions inside tuples by name only.
@@ -91,13 +104,14 @@ def step(
     tiles, table, rows, layouts, n,
     RULE: tl.constexpr, SCALARS: tl.constexpr, CODECS: tl.constexpr, SOURCES: tl.constexpr,
     STRIDED: tl.constexpr, EXACT: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, SPREAD: tl.constexpr, MASKED_SPREAD: tl.constexpr,
 ):  # fmt: skip
     table, start, count, full = _tile(table, tiles, n, TILE)
     row = rows + tl.load(table + n) * (ROW_HEADER + SCALARS)
     active = tl.load(row)
     g_scale = tl.load(row + 1)
     k = _load_each(row + ROW_HEADER, 1, SCALARS)
+    stream = _stream(row, table, n)
     planes = ()
     column = table + HEADER * n
     for i in tl.static_range(len(CODECS)):
@@ -105,18 +119,19 @@ def step(
         column += CODECS[i][2] * n
     if active != 0:
         if full and not STRIDED:
-            place = (start, tl.arange(0, TILE), None)
-            _update(planes, (place, place, place), g_scale, k, RULE, CODECS, EXACT, VECTOR)
+            place = (start, offsets(TILE, 32 * SPREAD[0], SPREAD[1]), None, None)
+            places = (place, place, place)
+            _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, SPREAD)
         else:
             while count > 0:
-                places = _chunk(layouts, table, n, start, count, CHUNK, STRIDED)
-                _update(planes, places, g_scale, k, RULE, CODECS, EXACT, 1)
+                places = _chunk(layouts, table, n, start, count, CHUNK, SPREAD[1], STRIDED)
+                _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, MASKED_SPREAD)
                 start, count = start + CHUNK, count - CHUNK
 
 
 @triton.jit
-def _squares(planes, place, DECODE: tl.constexpr, VECTOR: tl.constexpr):
-    g = DECODE(planes, place, VECTOR)
+def _squares(planes, place, GRAD: tl.constexpr, SPREAD: tl.constexpr):
+    g = GRAD[0](planes, (place, place), SPREAD, GRAD)
     mask = place[2]
     if mask is not None:
         g = tl.where(mask, g, 0.0)
@@ -128,17 +143,18 @@ def _squares(planes, place, DECODE: tl.constexpr, VECTOR: tl.constexpr):
 def square_sum(
     tiles, table, partials, layouts, n, column,
     GRAD: tl.constexpr, SOURCES: tl.constexpr, STRIDED: tl.constexpr,
-    TILE: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, CHUNK: tl.constexpr, SPREAD: tl.constexpr, MASKED_SPREAD: tl.constexpr,
 ):  # fmt: skip
     table, start, count, full = _tile(table, tiles, n, TILE)
     planes = _load_each(table + column * n, n, GRAD[2])
     if full and not STRIDED:
-        total = tl.sum(_squares(planes, (start, tl.arange(0, TILE), None), GRAD[0], VECTOR))
+        offs = offsets(TILE, 32 * SPREAD[0], SPREAD[1])
+        total = tl.sum(_squares(planes, (start, offs, None), GRAD, SPREAD))
     else:
         squares = tl.zeros((CHUNK,), tl.float64)
         while count > 0:
-            place = _chunk(layouts, table, n, start, count, CHUNK, STRIDED)[2]
-            squares += _squares(planes, place, GRAD[0], 1)
+            place = _chunk(layouts, table, n, start, count, CHUNK, SPREAD[1], STRIDED)[2]
+            squares += _squares(planes, place, GRAD, MASKED_SPREAD)
             start, count = start + CHUNK, count - CHUNK
         total = tl.sum(squares)
     tl.store(partials + tl.program_id(0), total)

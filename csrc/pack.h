@@ -31,9 +31,6 @@ FO_INLINE H high_half(U x) { return static_cast<H>(x >> 16); }
 FO_INLINE B low_byte(U x) { return static_cast<B>(x); }
 FO_INLINE U sign_extend(B x) { return static_cast<U>(static_cast<int8_t>(x)); }
 FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
-FO_INLINE U sign_extend(U x, int bits) {
-  return static_cast<U>(static_cast<int32_t>(x << (32 - bits)) >> (32 - bits));
-}
 // In the fast arithmetic a written a * b may become part of another operation, and a / b an approximation.
 FO_INLINE F product(F a, F b) { return __fmul_rn(a, b); }
 FO_INLINE F sum(F a, F b) { return __fadd_rn(a, b); }

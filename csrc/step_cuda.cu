@@ -205,7 +205,8 @@ FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Pla
   move<PUT>(storages[0], slots.param, place, task.of_param, words);
 }
 
-// As many as leave every architecture's compiler enough registers, by the number of states.
+// By the number of states. With one block more for one or two states ptxas keeps 16 to 64 bytes of registers
+// in memory on some architecture (nvcc 13.0, November 2026); three states take 128 registers already.
 constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
 
 // Tensors of any codecs. All threads of a block make every round, because they ask each other for maxima.

@@ -1,8 +1,9 @@
-// Enough of CUDA's language and runtime to run the kernels of csrc/ on a CPU: one block after the other, its threads
-// as coroutines that change places where they must wait for each other.
+// Enough of CUDA's language and runtime to run the kernels of csrc/ on a CPU: one block after the other, its
+// threads as coroutines that change places where they must wait for each other.
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -38,14 +39,25 @@ inline dim3 threadIdx, blockIdx;
 
 constexpr unsigned MOST_THREADS = 1024;
 
-// The threads of a block, and where each has stopped.
+// The threads of a block, and where each has stopped. Contexts only begin them: every other change of place
+// is a jump, because a change of context asks the kernel for the signal mask.
 struct Block {
   unsigned size;
-  ucontext_t scheduler, threads[MOST_THREADS];
-  bool finished[MOST_THREADS];
   std::function<void()> kernel;
+  ucontext_t beginnings[MOST_THREADS];
+  jmp_buf scheduler, threads[MOST_THREADS];
+  bool begun[MOST_THREADS], finished[MOST_THREADS];
 
-  void yield() { swapcontext(&threads[threadIdx.x], &scheduler); }
+  void yield() {
+    if (!_setjmp(threads[threadIdx.x])) _longjmp(scheduler, 1);
+  }
+  void resume(unsigned thread) {
+    threadIdx.x = thread;
+    if (_setjmp(scheduler)) return;
+    if (begun[thread]) _longjmp(threads[thread], 1);
+    begun[thread] = true;
+    setcontext(&beginnings[thread]);
+  }
 };
 inline Block* block;
 
@@ -162,19 +174,19 @@ inline void run_thread() {
 
 inline void run_block(char* stacks, size_t stack_size) {
   for (unsigned thread = 0; thread < block->size; ++thread) {
-    ucontext_t& context = block->threads[thread];
+    ucontext_t& context = block->beginnings[thread];
     getcontext(&context);
     context.uc_stack.ss_sp = stacks + thread * stack_size;
     context.uc_stack.ss_size = stack_size;
     makecontext(&context, run_thread, 0);
-    block->finished[thread] = false;
+    block->begun[thread] = block->finished[thread] = false;
   }
   for (unsigned running = block->size; running > 0;) {
     running = 0;
-    for (threadIdx.x = 0; threadIdx.x < block->size; ++threadIdx.x) {
-      if (block->finished[threadIdx.x]) continue;
-      swapcontext(&block->scheduler, &block->threads[threadIdx.x]);
-      running += !block->finished[threadIdx.x];
+    for (unsigned thread = 0; thread < block->size; ++thread) {
+      if (block->finished[thread]) continue;
+      block->resume(thread);
+      running += !block->finished[thread];
     }
   }
 }

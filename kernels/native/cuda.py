@@ -13,7 +13,7 @@ from torch import Tensor
 from . import library
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..launch import Launch
 
 
 class _Cuda:
@@ -56,7 +56,7 @@ def lacks(codec: str) -> bool:
     return isinstance(opened, str) or codec not in opened.codecs
 
 
-def _run(function: Callable[..., int], bucket: Bucket, *arguments: Any) -> None:
+def _run(function: Callable[..., int], bucket: Launch, *arguments: Any) -> None:
     """Calls a C function with the bucket's device and torch's current stream on it."""
     device = bucket.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -69,7 +69,7 @@ def _run(function: Callable[..., int], bucket: Bucket, *arguments: Any) -> None:
         raise RuntimeError(f"CUDA kernels for rule {bucket.rule.name!r} failed with error {error}")
 
 
-def step(bucket: Bucket) -> None:
+def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     cuda, cached = _cuda(), bucket.cache.get("cuda")
     if cached is None:
@@ -90,7 +90,7 @@ def step(bucket: Bucket) -> None:
     )
 
 
-def square_sum(bucket: Bucket) -> Tensor:
+def square_sum(bucket: Launch) -> Tensor:
     """Sum of the squares of all gradients in float64, in an order that depends on their sizes only."""
     cuda, table = _cuda(), bucket.table
     tiles = bucket.tiles(cuda.tile)

@@ -14,7 +14,7 @@ from .philox import Stream
 from .rules import RULES
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..launch import Launch
 
 
 def unavailable() -> None:
@@ -33,7 +33,7 @@ def _write(planes: Sequence[Tensor], values: Sequence[Tensor], order_of: Tensor,
         memory.copy_(torch.where(active, value.view(memory.shape), memory))
 
 
-def step(bucket: Bucket) -> None:
+def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     rule, codecs = RULES[bucket.rule.name], [CODECS[c.name] for c in (bucket.param, *bucket.states)]
     for index, row_index in enumerate(bucket.row_indices):
@@ -53,7 +53,7 @@ def step(bucket: Bucket) -> None:
             _write(planes, codec.encode(x, stream), param, active)
 
 
-def square_sum(bucket: Bucket) -> Tensor:
+def square_sum(bucket: Launch) -> Tensor:
     """Sum of the squares of all gradients in float64: finite exactly when every gradient is."""
     total = torch.zeros((), dtype=torch.float64, device=bucket.device)
     for grad in bucket.grads:

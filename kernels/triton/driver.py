@@ -13,11 +13,11 @@ from torch import Tensor
 from .budget import launch_shape
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..launch import Launch
     from ..spec import Codec, Rule
 
 Constants = dict[str, Any]
-Launch = Callable[[], object]
+Call = Callable[[], object]
 
 
 def unavailable(device_type: str) -> str | None:
@@ -124,8 +124,8 @@ def square_sum_constants(grad: Codec, strided: bool) -> tuple[Constants, Constan
 
 
 def _prepare(
-    bucket: Bucket, kernel: Any, arguments: tuple[Any, ...], constants: Constants, options: Constants
-) -> Launch:
+    bucket: Launch, kernel: Any, arguments: tuple[Any, ...], constants: Constants, options: Constants
+) -> Call:
     """Launches a kernel once and returns a call that launches it again."""
     tiles = bucket.tiles(constants["TILE"])
     positional = (tiles, *arguments, *(constants[name] for name in kernel.arg_names[1 + len(arguments) :]))
@@ -152,12 +152,12 @@ def _prepare(
     return launch
 
 
-def _layouts(bucket: Bucket) -> Tensor:
+def _layouts(bucket: Launch) -> Tensor:
     # The kernel of a flat bucket never reads its layouts: any address will do.
     return bucket.layouts if bucket.layouts is not None else bucket.table
 
 
-def step(bucket: Bucket) -> None:
+def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     if launch := bucket.cache.get("triton.step"):
         launch()
@@ -170,7 +170,7 @@ def step(bucket: Bucket) -> None:
     bucket.cache["triton.step"] = _prepare(bucket, kernels.step, arguments, constants, options)
 
 
-def square_sum(bucket: Bucket) -> Tensor:
+def square_sum(bucket: Launch) -> Tensor:
     """Sum of the squares of all gradients in float64: finite exactly when every gradient is."""
     if cached := bucket.cache.get("triton.square_sum"):
         launch, partials = cached

@@ -1,0 +1,251 @@
+"""A bucket: parameters that are updated together, described once and checked in every step.
+
+``Bucket.collect`` reads the step's gradients and says whether the description still holds; only then is
+anything launched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import rows as row_tools
+from .aliasing import Occupied, Written, extent
+from .control import Control
+from .guards import Guards
+from .launch import SEED, STEP, Key, Launch, Operands, addresses_of
+from .layout import Layout, layout_of
+from .spec import Hyper
+
+
+@dataclass
+class Member:
+    """One parameter in a plan: ``param`` as the user holds it, ``state`` its dictionary.
+
+    ``ordinal`` is its index among all parameters of the optimizer.
+    """
+
+    key: Key
+    group: int
+    param: Tensor
+    state: dict[str, Any]
+    local: Callable[[Tensor], Tensor]
+    ordinal: int = 0
+    numel: int = field(init=False)
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.param.grad is not None
+        param = self.local(self.param)
+        self.numel, self.layout = param.numel(), layout_of(param, self.local(self.param.grad))
+
+    def operands(self) -> Operands:
+        """The planes of the parameter, the parameter itself being the first, and those of each slot."""
+        param, *states = ([self.local(self.state[name]) for name in names] for names in self._names())
+        return Operands([self.local(self.param), *param], states, self.layout, self.ordinal)
+
+    def _names(self) -> list[list[str]]:
+        owners = ["param", *(slot.name for slot in self.key.rule.slots)]
+        codecs = [self.key.param.planes[1:], *(codec.planes for codec in self.key.states)]
+        return [
+            [owner + plane.suffix for plane in planes] for owner, planes in zip(owners, codecs, strict=True)
+        ]
+
+    def plane_names(self) -> tuple[str, ...]:
+        """Keys of the state under which the planes are."""
+        return tuple(chain.from_iterable(self._names()))
+
+
+def _adopt_steps(members: Sequence[Member], device: torch.device) -> Tensor:
+    """One vector of step counts; each parameter's ``step`` becomes a view of its element."""
+    steps = torch.stack([m.state["step"].to(device, torch.float32, non_blocking=True) for m in members])
+    for member, step in zip(members, steps.unbind(), strict=True):
+        member.state["step"] = step
+    return steps
+
+
+class Bucket(Launch):
+    """The launch that updates some parameters, their gradients, step counts and rows of scalars."""
+
+    def __init__(
+        self,
+        key: Key,
+        members: list[Member],
+        strided: bool,
+        steps_on_device: bool,
+        operands: Sequence[Operands] = (),
+        further: Sequence[Launch] = (),
+    ) -> None:
+        """``operands`` and ``further`` launches of the same parameters where a step is not one launch."""
+        own = [m.operands() for m in members]
+        super().__init__(key, operands or own, strided)
+        self.members, self._further = members, further
+        self._local = members[0].local
+        self.owners = [m.param for m in members]
+        self._own_planes, self._locals = [o.param for o in own], [o.param[0] for o in own]
+        self.launched = self.numels[0] > 0
+        self.steps_on_device = steps_on_device
+        self.steps = _adopt_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
+        self._host_steps = None if self.steps_on_device else self.steps.numpy()
+        self._remember()
+        if self.launched:
+            self._assign_rows()
+            for launch in self.launches():
+                launch.allocate(self.row_indices, self.row_count)
+
+    def launches(self) -> tuple[Launch, ...]:
+        """All launches of a step, the one that reads the gradients first."""
+        return (self, *self._further)
+
+    def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
+        """For each launch ``g_scale`` and the rule's scalars."""
+        return [row_tools.row(self.rule, hyper, step, g_scale)]
+
+    def run(self) -> None:
+        """Updates the parameters and states."""
+        self.driver.step(self)
+
+    def _remember(self) -> None:
+        """Keeps what ``collect`` compares a later step with."""
+        self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
+        grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
+        self._guards = Guards([*(self.owners if self._plain else self._locals), *grads])
+        self._grad_extents = np.array([extent(g) for g in grads])
+        self._param_addresses = addresses_of(self._locals).tobytes()
+        # Code that exchanges memory under a state (``state.data = other``) does so for all of them, to move
+        # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. Should one
+        # alone be exchanged, ``state_planes`` keep its old memory alive, and the step goes on there.
+        ends, names = (self.members[0], self.members[-1]), self.members[0].plane_names()
+        self._state_samples = [member.state[name] for member in ends for name in names]
+        self._sampled_addresses = self._sample_states()
+
+    def _sample_states(self) -> list[int]:
+        samples = self._state_samples if self._plain else map(self._local, self._state_samples)
+        return [tensor.data_ptr() for tensor in samples]
+
+    def _assign_rows(self) -> None:
+        """One row per (group, step count) on the host, one per parameter on the device."""
+        if self.steps_on_device:
+            self.row_indices = list(range(len(self.members)))
+            self.row_count = len(self.members)
+            return
+        assert self._host_steps is not None
+        self._expected_steps = self._host_steps.tobytes()
+        cohorts = [(m.group, step) for m, step in zip(self.members, self.steps.tolist(), strict=True)]
+        self.cohorts = list(dict.fromkeys(cohorts))
+        row_of = {cohort: row for row, cohort in enumerate(self.cohorts)}
+        self.row_indices = [row_of[cohort] for cohort in cohorts]
+        self.row_count = len(self.cohorts)
+
+    def _current(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Parameters and gradients if they are what was planned; ``None`` also for a missing gradient."""
+        params, grads = self.owners, [p.grad for p in self.owners]
+        if self._plain and self._guards.check([*params, *grads]):
+            return params, grads  # pyright: ignore[reportReturnType]
+        if any(grad is None for grad in grads):
+            return None
+        params = params if self._plain else list(map(self._local, params))
+        resolved = [self._local(grad) for grad in grads if grad is not None]
+        return (params, resolved) if self._guards.check([*params, *resolved]) else None
+
+    def collect(self) -> bool:
+        """Reads this step's gradients; False if the plan no longer describes the tensors."""
+        current = self._current()
+        if current is None:
+            return False
+        params, grads = current
+        try:
+            same = addresses_of(params).tobytes() == self._param_addresses
+            same = same and self._sample_states() == self._sampled_addresses
+        except RuntimeError:
+            # A tensor whose memory is gone: planning anew says which.
+            return False
+        if not same or not self._counts_as_expected():
+            return False
+        if self.launched:
+            self.set_gradients(grads)
+        return True
+
+    def _counts_as_expected(self) -> bool:
+        """Whether nobody else has set a step count; only the host's decide about rows."""
+        steps = self._host_steps
+        return steps is None or not self.launched or steps.tobytes() == self._expected_steps
+
+    def written(self) -> Iterator[Written]:
+        """Every tensor that a step of this bucket changes."""
+        for owner, (param, *rest), states in zip(
+            self.owners, self._own_planes, self.state_planes, strict=True
+        ):
+            yield Written(param, owner, True)
+            yield from (Written(plane, owner, False) for plane in chain(rest, *states))
+
+    def find_aliased(self, occupied: Occupied) -> int | None:
+        """Index of a member whose gradient lies in memory that the step writes, if any does."""
+        if not self.launched or not occupied.may_hold(self.staging.host_table[-1], self._grad_extents):
+            return None
+        return occupied.find(self.grads, self.owners)
+
+    def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
+        """Computes the scalars of the coming step; changes nothing that a step or a user reads."""
+        self._control, self._prepared = control, []
+        if not self.launched:
+            return
+        random = any(launch.random for launch in self.launches())
+        if self.steps_on_device:
+            steps = self.steps + (1.0 if control.active is None else control.active)
+            for group, part in self._group_parts():
+                hyper = row_tools.resolve(groups[group], self.device)
+                values = self.rows_of(hyper, steps[part].double(), control.g_scales[group])
+                self._prepared.append((part, values, hyper["seed"] if random else 0))
+            return
+        for row, (group, step) in enumerate(self.cohorts):
+            hyper, g_scale = row_tools.resolve(groups[group]), control.g_scales[group]
+            # A factor that only the device knows is multiplied in there.
+            values = self.rows_of(hyper, step + 1.0, 1.0 if isinstance(g_scale, Tensor) else g_scale)
+            for launch, scalars in zip(self.launches(), values, strict=True):
+                launch.host_rows[row] = row_tools.host_row(scalars)
+                if launch.random:
+                    launch.host_rows.view(np.uint32)[row, [SEED, STEP]] = hyper["seed"], int(step) + 1
+
+    def commit(self) -> None:
+        """Advances the step counts and sends scalars and gradients' addresses to the device."""
+        active = self._control.active
+        if self._host_steps is None:
+            self.steps.add_(1.0 if active is None or active is True else active)
+        else:
+            self._host_steps += 1.0
+        if not self.launched:
+            return
+        for index, launch in enumerate(self.launches()):
+            launch.staging.send(with_rows=not self.steps_on_device)
+            for part, values, seed in self._prepared:
+                row_tools.write(launch.rows[part], values[index], active)
+                if launch.random:
+                    words = launch.rows[part].view(torch.int32)
+                    words[:, SEED], words[:, STEP] = seed - (seed >> 31 << 32), self.steps[part].int()
+        if self._host_steps is None:
+            return
+        self._expected_steps = self._host_steps.tobytes()
+        self.cohorts = [(group, step + 1.0) for group, step in self.cohorts]
+        for row, (group, _) in enumerate(self.cohorts):
+            if isinstance(self._control.g_scales[group], Tensor):
+                self.rows[row, 1].mul_(self._control.g_scales[group])
+
+    def _group_parts(self) -> Iterator[tuple[int, slice]]:
+        """The members of each group, which stand side by side."""
+        counts = Counter(m.group for m in self.members)
+        stop = 0
+        for group, count in counts.items():
+            stop += count
+            yield group, slice(stop - count, stop)
+
+    def release(self) -> None:
+        """Lets go of the gradients, so that ``zero_grad`` frees their memory."""
+        self.grads = []

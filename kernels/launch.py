@@ -1,0 +1,153 @@
+"""What a driver is given: tensors at fixed addresses that one launch updates, and a row of scalars for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import lookup
+from .layout import LAYOUT_LENGTH, Layout
+from .spec import Codec, Rule
+from .staging import Staging
+
+if TYPE_CHECKING:
+    from .matrix import MatrixCut
+
+NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER = range(6)
+"""Columns of ``Launch.table``, then addresses of each codec's planes and lookup table, gradient last."""
+
+SEED, STEP = 2, 3
+"""Words of a row that are integers."""
+
+# An array: numpy converts a Python number anew in every call.
+_LOW_BITS = np.array(15)
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Where the memory of each tensor begins."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+class Driver(NamedTuple):
+    """A backend: how a launch's step and its gradients' sum of squares are computed."""
+
+    name: str
+    step: Callable[[Launch], None]
+    square_sum: Callable[[Launch], Tensor]
+
+
+class Key(NamedTuple):
+    """What tensors must share to be updated by one launch."""
+
+    device: torch.device
+    rule: Rule
+    param: Codec
+    grad: Codec
+    states: tuple[Codec, ...]
+    driver: Driver
+    exact: bool
+    cut: MatrixCut | None = None
+
+
+class Operands(NamedTuple):
+    """The tensors of one parameter: planes of what is in its place and of its states, which stay where they are.
+
+    ``layout`` says how the first plane and the gradient lie; ``ordinal`` is the parameter's index among all
+    of the optimizer.
+    """
+
+    param: list[Tensor]
+    states: list[list[Tensor]]
+    layout: Layout
+    ordinal: int
+
+
+class Launch:
+    """Tensors of one rule and storage with their table of addresses; ``grads`` only during a step."""
+
+    table: Tensor
+    rows: Tensor
+    host_rows: np.ndarray
+
+    def __init__(self, key: Key, operands: Sequence[Operands], strided: bool) -> None:
+        self.rule, self.param, self.grad, self.states = key.rule, key.param, key.grad, key.states
+        self.device, self.driver, self.exact, self.strided = key.device, key.driver, key.exact, strided
+        self.cache: dict[Any, Any] = {}
+        self.param_planes = [o.param for o in operands]
+        self.state_planes = [o.states for o in operands]
+        self.params = [planes[0] for planes in self.param_planes]
+        self.ordinals = [o.ordinal for o in operands]
+        self.numels = [p.numel() for p in self.params]
+        self.random = any(codec.random for codec in (key.param, *key.states))
+        self.grads: list[Tensor] = []
+        self.layouts: Tensor | None = None
+        self._layouts = [o.layout for o in operands]
+
+    def allocate(self, row_indices: Sequence[int], row_count: int) -> None:
+        """Makes the table and room for ``row_count`` rows; ``row_indices`` names that of each tensor."""
+        self.row_indices = row_indices
+        n, addresses = len(self.params), self._addresses()
+        columns = HEADER + len(addresses[0]) + 1
+        row_dtype = torch.float64 if self.param.compute == "float64" else torch.float32
+        row_words = -(-row_count * self.rule.row_length * row_dtype.itemsize // 8)
+        memory = torch.zeros(columns * n + row_words, dtype=torch.int64)
+        table = memory[: columns * n].view(columns, n)
+        table[NUMEL] = torch.tensor(self.numels)
+        table[ROW] = torch.tensor(row_indices)
+        table[ORDINAL] = torch.tensor(self.ordinals)
+        table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
+        self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
+        self._low_bits = b""
+        if self.strided:
+            table[LAYOUT] = torch.arange(n)
+            records = torch.tensor([layout.record() for layout in self._layouts], dtype=torch.int64)
+            assert records.shape == (n, LAYOUT_LENGTH)
+            self.layouts = records.to(self.device)
+        self.staging = Staging(memory, columns, n, self.device)
+        self.table = self.staging.device_memory[: columns * n].view(columns, n)
+        rows = self.staging.device_memory[columns * n :].view(row_dtype)
+        shape = (row_count, self.rule.row_length)
+        self.rows = rows[: shape[0] * shape[1]].view(shape)
+        host_rows = memory[columns * n :].numpy().view(str(row_dtype).removeprefix("torch."))
+        self.host_rows = host_rows[: shape[0] * shape[1]].reshape(shape)
+
+    def _addresses(self) -> list[list[int]]:
+        """Of each tensor: every codec's planes and lookup table, without the gradient."""
+        codecs = (self.param, *self.states)
+        tables = [[lookup.table(c.lookup, self.device)] if c.lookup else [] for c in codecs]
+        return [
+            [t.data_ptr() for home, extra in zip([p, *s], tables, strict=True) for t in (*home, *extra)]
+            for p, s in zip(self.param_planes, self.state_planes, strict=True)
+        ]
+
+    def random_key(self, row: int) -> tuple[int, int]:
+        """Seed and step of a row (reads the device)."""
+        if not self.random:
+            return 0, 0
+        seed, step = self.rows.view(torch.int32)[row, SEED : STEP + 1].tolist()
+        return seed & 0xFFFFFFFF, step
+
+    def tiles(self, size: int) -> Tensor:
+        """``[n_tiles, 2]`` int32: (tensor, tile within it) for tiles of ``size`` elements."""
+        if ("tiles", size) not in self.cache:
+            counts = torch.tensor([-(-numel // size) for numel in self.numels])
+            tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            first = torch.cumsum(counts, 0) - counts
+            tile = torch.arange(len(tensor)) - first[tensor]
+            pairs = torch.stack([tensor, tile], 1).to(torch.int32)
+            self.cache["tiles", size] = pairs.to(self.device)
+        return self.cache["tiles", size]
+
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        """Writes where the gradients are, and who starts on a 16-byte boundary if that has changed."""
+        self.grads = grads
+        table, addresses = self.staging.host_table, addresses_of(grads)
+        table[-1] = addresses
+        low_bits = (addresses & _LOW_BITS).tobytes()
+        if low_bits != self._low_bits:
+            np.copyto(table[ALIGNED], self._fixed_aligned & (addresses % 16 == 0))
+            self._low_bits = low_bits

@@ -22,9 +22,9 @@ from torch.optim.optimizer import (
 from . import checkpoint, storage
 from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
+from .kernels.bucket import Bucket, Member
 from .kernels.control import Control, control
 from .kernels.guards import DictGuards, PythonDictGuards
-from .kernels.bucket import Bucket, Member
 from .kernels.launch import Key
 from .kernels.plan import build
 from .kernels.spec import Rule

@@ -1,4 +1,4 @@
-"""What a driver is given: tensors at fixed addresses that one launch updates, and a row of scalars for each."""
+"""What a driver is given: tensors at fixed addresses that one launch updates, and their rows of scalars."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Key(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The tensors of one parameter: planes of what is in its place and of its states, which stay where they are.
+    """One parameter's tensors: the planes of what a launch writes in its place, and those of its states.
 
     ``layout`` says how the first plane and the gradient lie; ``ordinal`` is the parameter's index among all
     of the optimizer.

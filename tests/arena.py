@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_optim.kernels import dispatch
-from fused_optim.kernels.control import Control
 from fused_optim.kernels.bucket import Bucket, Member
+from fused_optim.kernels.control import Control
 from fused_optim.kernels.launch import Key
 from fused_optim.kernels.plan import build
 from fused_optim.kernels.reference.codecs import CODECS as REFERENCE

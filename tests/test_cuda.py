@@ -22,8 +22,8 @@ from torch.nn import Parameter
 import fused_optim
 from fused_optim.kernels import dispatch
 from fused_optim.kernels.codecs import CODECS
-from fused_optim.kernels.native import cuda, library
 from fused_optim.kernels.launch import Driver
+from fused_optim.kernels.native import cuda, library
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Codec
 from tests import cases

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import fused_optim
-from fused_optim.kernels.control import Control, control
 from fused_optim.kernels.bucket import Bucket, Member
+from fused_optim.kernels.control import Control, control
 from fused_optim.optimizer import FusedOptimizer
 
 CLASSES = {

@@ -17,6 +17,7 @@ struct EachForItself {
   static constexpr int block = 1;
   static constexpr bool lookup = false;
   static constexpr bool random = false;
+  static constexpr bool write_only = false;
 };
 
 struct fp32 : EachForItself {
@@ -55,6 +56,16 @@ struct fp16 : EachForItself {
   template <class At>
   static FO_INLINE void encode(F x, At at) {
     at.put(0, float_to_half(x));
+  }
+};
+
+// Written only: zeros to begin with, whatever is in memory.
+struct blank : fp32 {
+  static constexpr bool write_only = true;
+
+  template <class At>
+  static FO_INLINE F decode(At) {
+    return F(0.0f);
   }
 };
 
@@ -142,7 +153,7 @@ struct bf16_split8 : EachForItself {
 }  // namespace
 
 // Those of gradients, the further ones of parameters and states, and those of states only.
-#define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16)
+#define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16) CODEC(blank)
 #define FO_SPLIT_CODECS(CODEC) \
   CODEC(bf16_sr) CODEC(bf16_kahan) CODEC(fp16_kahan) CODEC(bf16_split16) CODEC(bf16_split8)
 #define FO_BLOCK_CODECS(CODEC) \

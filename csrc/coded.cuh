@@ -17,12 +17,12 @@ struct Storage {
   uint32_t bits[2];
   // Elements to a scale, as a power of two.
   int32_t block_shift;
-  bool lookup, random, signed_scale;
+  bool lookup, random, write_only, signed_scale;
 };
 
 template <class Codec>
 constexpr Storage storage_of(int32_t id) {
-  Storage storage{id, 0, {Codec::bits(0)}, 0, Codec::lookup, Codec::random, false};
+  Storage storage{id, 0, {Codec::bits(0)}, 0, Codec::lookup, Codec::random, Codec::write_only, false};
   if (Codec::planes > 1) storage.bits[1] = Codec::bits(1);
   while (Codec::block >> storage.block_shift > 1) ++storage.block_shift;
   if constexpr (Codec::block > 1) storage.signed_scale = Codec::signed_scale;
@@ -140,6 +140,7 @@ FO_INLINE void move_second(const Storage& storage, char* plane, const Place& pla
 template <Direction direction>
 FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place, const Lie& lie,
                     Words<EIGHT>& words) {
+  if (direction == FETCH && storage.write_only) return;
   bool second = storage.bits[1] != 0;
   if (direction == PUT && second) move_second<direction>(storage, slot.planes[1], place, words.word + 4);
   move<direction, EIGHT>(slot.planes[0], storage.bits[0], place, lie, words.word);

@@ -53,11 +53,11 @@ struct lion {
 
 struct sgd {
   static constexpr int slots = 0;
-  F l2, lr;
+  F l2, lr, decay;
 
   FO_INLINE void operator()(F& p, F g, F*) const {
     g = g + l2 * p;
-    p = p - lr * g;
+    p = p - (lr * g + decay * p);
   }
 };
 

@@ -89,7 +89,9 @@ class Bucket(Launch):
         self.members, self._further = members, further
         self._local = members[0].local
         self.owners = [m.param for m in members]
-        self._own_planes, self._locals = [o.param for o in own], [o.param[0] for o in own]
+        self.own_planes = [o.param for o in own]
+        self._own_states = [o.states for o in own]
+        self._locals = [o.param[0] for o in own]
         self.launched = self.numels[0] > 0
         self.steps_on_device = steps_on_device
         self.steps = _adopt_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
@@ -181,7 +183,7 @@ class Bucket(Launch):
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""
         for owner, (param, *rest), states in zip(
-            self.owners, self._own_planes, self.state_planes, strict=True
+            self.owners, self.own_planes, self._own_states, strict=True
         ):
             yield Written(param, owner, True)
             yield from (Written(plane, owner, False) for plane in chain(rest, *states))

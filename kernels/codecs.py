@@ -30,6 +30,7 @@ CODECS: dict[str, Codec] = {
         Codec("fp32", (Plane("", "float32", 32),)),
         Codec("bf16", (_BF16,), relative_error=2.0**-8),
         Codec("fp16", (_FP16,), relative_error=2.0**-11),
+        Codec("blank", (Plane("", "float32", 32),), write_only=True),
         Codec("fp64", (Plane("", "float64", 64),), compute="float64"),
         Codec("bf16_sr", (_BF16,), relative_error=2.0**-7, random=True),
         Codec("bf16_kahan", (_BF16, Plane(".compensation", "bfloat16", 16)), relative_error=2.0**-17),
@@ -50,12 +51,15 @@ CODECS: dict[str, Codec] = {
 OF_DTYPE: dict[str, str] = {CODECS[name].planes[0].dtype: name for name in ("fp32", "bf16", "fp16", "fp64")}
 """The codec that stores a tensor of a torch dtype as it is."""
 
-_VARIANTS = {codec.unsigned for codec in CODECS.values()}
+BLANK = CODECS["blank"]
+"""Where a launch writes its update instead of adding it to a parameter: zeros to begin with."""
 
-STATE_CODECS: tuple[str, ...] = tuple(name for name in CODECS if name not in _VARIANTS)
+_HIDDEN = {BLANK.name, *(codec.unsigned for codec in CODECS.values())}
+
+STATE_CODECS: tuple[str, ...] = tuple(name for name in CODECS if name not in _HIDDEN)
 """What ``state_codec`` may name; a state that is never negative gets the ``unsigned`` variant by itself."""
 
-PARAM_CODECS: tuple[str, ...] = tuple(codec.name for codec in CODECS.values() if codec.block == 1)
+PARAM_CODECS: tuple[str, ...] = tuple(name for name in STATE_CODECS if CODECS[name].block == 1)
 """What ``param_codec`` may name."""
 
 

@@ -51,6 +51,7 @@ class Key(NamedTuple):
     driver: Driver
     exact: bool
     cut: MatrixCut | None = None
+    couples_l2: bool = False
 
 
 class Operands(NamedTuple):

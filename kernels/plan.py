@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .bucket import Bucket, Member
+from .matrix import MatrixBucket, chunks
 
 
 def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
@@ -16,9 +19,27 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
     sorted_members: dict[Any, list[Member]] = {}
     for member in members:
         launched = member.numel > 0
-        key = (member.key, launched, launched and not member.layout.flat)
+        cut = launched and member.key.cut is not None
+        key = (member.key, launched, launched and not cut and not member.layout.flat, cut)
         sorted_members.setdefault(key, []).append(member)
-    return [
+    whole = {key: part for key, part in sorted_members.items() if not key[3]}
+    buckets = [
         Bucket(key, part, strided, steps_on_device and key.device.type != "cpu")
-        for (key, _, strided), part in sorted_members.items()
+        for (key, _, strided, _), part in whole.items()
+    ]
+    cut = [part for key, some in sorted_members.items() if key[3] for part in chunks(some)]
+    return [*buckets, *_cut_buckets(cut, steps_on_device)]
+
+
+def _cut_buckets(parts: Sequence[list[Member]], steps_on_device: bool) -> list[Bucket]:
+    """One workspace on every device, for the largest part."""
+    needed: dict[torch.device, int] = {}
+    for part in parts:
+        device = part[0].key.device
+        needed[device] = max(needed.get(device, 0), sum(member.numel for member in part))
+    memory = {device: torch.zeros(numel, device=device) for device, numel in needed.items()}
+    return [
+        MatrixBucket(key, part, steps_on_device and key.device.type != "cpu", memory[key.device])
+        for part in parts
+        for key in [part[0].key]
     ]

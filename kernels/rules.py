@@ -31,7 +31,7 @@ def _lion(h: Hyper, t: Any) -> tuple[Any, ...]:
 
 
 def _sgd(h: Hyper, t: Any) -> tuple[Any, ...]:
-    return h["weight_decay"], h["lr"]
+    return h["weight_decay"], h["lr"], 0.0
 
 
 def _sgd_momentum(h: Hyper, t: Any) -> tuple[Any, ...]:
@@ -49,7 +49,19 @@ def _sgd_momentum(h: Hyper, t: Any) -> tuple[Any, ...]:
     )
 
 
+def _muon(h: Hyper, t: Any) -> tuple[Any, ...]:
+    momentum, nesterov = h["momentum"], bool(h["nesterov"])
+    looking_ahead = (1 - momentum, momentum) if nesterov else (0.0, 1.0)
+    return 0.0, momentum, 1 - momentum, *looking_ahead, h["lr"]
+
+
+def _add(h: Hyper, t: Any) -> tuple[Any, ...]:
+    return 0.0, h["lr"], h["lr"] * h["weight_decay"]
+
+
 _ADAM = ("l2", "w1", "b2", "w2", "c2", "eps", "step_size", "decay")
+_SGD, _MOMENTUM = ("l2", "lr", "decay"), ("l2", "mu", "w", "ng", "nb", "lr")
+_BUFFER = Slot("momentum_buffer")
 _M, _V, _VMAX = Slot("exp_avg"), Slot("exp_avg_sq", signed=False), Slot("max_exp_avg_sq", signed=False)
 
 RULES: dict[str, Rule] = {
@@ -58,7 +70,13 @@ RULES: dict[str, Rule] = {
         Rule("adam", (_M, _V), _ADAM, _adam),
         Rule("adam_amsgrad", (_M, _V, _VMAX), _ADAM, _adam),
         Rule("lion", (_M,), ("b1", "w1", "b2", "w2", "lr", "decay"), _lion),
-        Rule("sgd", (), ("l2", "lr"), _sgd),
-        Rule("sgd_momentum", (Slot("momentum_buffer"),), ("l2", "mu", "w", "ng", "nb", "lr"), _sgd_momentum),
+        Rule("sgd", (), _SGD, _sgd),
+        Rule("sgd_momentum", (_BUFFER,), _MOMENTUM, _sgd_momentum),
     )
 }
+
+MUON = Rule("sgd_momentum", (_BUFFER,), _MOMENTUM, _muon)
+"""Muon's momentum is an average; its kernel is heavy ball's."""
+
+ADD = Rule("sgd", (), _SGD, _add)
+"""Moves a parameter by a given update: what remains of any rule whose update was a matrix in between."""

@@ -52,6 +52,7 @@ class Codec:
         lookup: name of the constant table (kernels/lookup.py) that kernels need beside the planes.
         unsigned: the codec that takes its place for states that are never negative.
         random: whether encoding rounds stochastically.
+        write_only: whether decoding gives zeros without a look at memory.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Codec:
     lookup: str | None = None
     unsigned: str | None = None
     random: bool = False
+    write_only: bool = False
 
     @property
     def bytes_per_value(self) -> float:
@@ -113,5 +115,6 @@ def bytes_moved(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]
     (16.0, 12.0)
     """
     assert len(states) == len(rule.slots)
-    written = param.bytes_per_value + sum(codec.bytes_per_value for codec in states)
-    return written + grad.bytes_per_value, written
+    written = sum(codec.bytes_per_value for codec in (param, *states))
+    read = sum(codec.bytes_per_value for codec in (param, grad, *states) if not codec.write_only)
+    return read, written

@@ -140,7 +140,7 @@ def test_every_16_bit_code_survives(dtype: torch.dtype, isa: str) -> None:
 def test_inactive_rows(isa: str) -> None:
     """A tensor whose row is inactive keeps its bits, whatever else the row and the gradient hold."""
     param, nan = torch.arange(100.0), float("nan")
-    cpu.step(_bucket("sgd", [param, torch.full((100,), nan)], [0.0, nan, nan, nan]))
+    cpu.step(_bucket("sgd", [param, torch.full((100,), nan)], [0.0, nan, nan, nan, nan]))
     assert torch.equal(param, torch.arange(100.0))
 
 
@@ -150,7 +150,7 @@ def test_square_sum(grad: Any) -> None:
     arena, sums = Arena("cpu"), set()
     for numel, misaligned in ((17, True), (40_000, False), (300_001, True)):
         values = arena.tensor(cases.normal(numel, cases.DTYPES[grad.name], 1), misaligned)
-        bucket = _bucket("sgd", [torch.zeros(numel), values], [1.0, 1.0, 0.0, 0.0])
+        bucket = _bucket("sgd", [torch.zeros(numel), values], [1.0, 1.0, 0.0, 0.0, 0.0])
         for isa in cpu.isas():
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -70,7 +70,7 @@ def test_decode_takes_every_code(codec: str, target: Target) -> None:
     (index,) = [i for i, n in enumerate(bucket.numels) if n == 2**16]
     bucket.params[index].fill_(-0.0)
     bucket.members[index].param.grad.copy_(codes)
-    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, -1.0])
+    bucket.rows[:] = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, -1.0, 0.0])
     driver.step(bucket)
     assert_same_bits(bucket.params[index], codes.float())
 
@@ -170,7 +170,7 @@ def test_random_bits_beyond_32_bit_counters(target: Target) -> None:
     start, numel = (2**36 // size + 2) * size, 2**36 + 2 * size + 37
     p, g = torch.zeros(37, dtype=torch.bfloat16, device=device), normal(37, torch.float32, 1).to(device)
     addresses = [p.data_ptr() - 2 * start, g.data_ptr() - 4 * start]
-    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, -1.0]])
+    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, -1.0, 0.0]])
     rows.view(torch.int32)[0, 2:4] = torch.tensor([-5, 3])
     bucket = SimpleNamespace(
         rule=RULES["sgd"], param=codec, states=(), grad=FP32, strided=False, exact=True, device=device,

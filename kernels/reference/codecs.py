@@ -81,6 +81,7 @@ CODECS: dict[str, ReferenceCodec] = {
     "bf16": _plain(torch.bfloat16),
     "fp16": _plain(torch.float16),
     "fp64": _plain(torch.float64, torch.float64),
+    "blank": _plain(torch.float32)._replace(decode=lambda planes: torch.zeros_like(planes[0])),
     "bf16_sr": _plain(torch.bfloat16)._replace(encode=_stochastic_bf16),
     "bf16_kahan": _kahan(torch.bfloat16),
     "fp16_kahan": _kahan(torch.float16),

@@ -58,10 +58,10 @@ def lion(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def sgd(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, States]:
-    """Gradient descent with coupled L2."""
-    l2, lr = k
+    """Gradient descent with coupled L2 (``l2``) or decoupled decay, the other being zero."""
+    l2, lr, decay = k
     g = g + l2 * p
-    return p - lr * g, s
+    return p - (lr * g + decay * p), s
 
 
 def sgd_momentum(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, States]:

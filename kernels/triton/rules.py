@@ -48,9 +48,9 @@ def lion(p, g, s, k, EXACT: tl.constexpr):
 
 @triton.jit
 def sgd(p, g, s, k, EXACT: tl.constexpr):
-    l2, lr = k
+    l2, lr, decay = k
     g = g + l2 * p
-    return p - lr * g, s
+    return p - (lr * g + decay * p), s
 
 
 @triton.jit

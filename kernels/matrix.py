@@ -1,0 +1,204 @@
+"""Rules cut in two by matrix products: moments, then whole matrices of updates, then the parameters.
+
+A first launch writes every update ``u`` into a workspace instead of adding it to its parameter; matrices of
+one shape are transformed together; a last launch moves the parameters. All three are the kernels of the
+uncut rule: the first finds a ``blank`` parameter there and a learning rate of -1, so that ``0 - (-1 * u)``
+is the update itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import rows as row_tools
+from .bucket import Bucket, Member
+from .codecs import BLANK, CODECS
+from .control import Control
+from .launch import Key, Launch, Operands
+from .layout import flat, layout_of, memory_order
+from .reference.codecs import CODECS as DECODERS
+from .rules import ADD, RULES
+from .spec import Hyper
+
+FP32 = CODECS["fp32"]
+
+
+class MatrixCut(Protocol):
+    """What happens to whole matrices in the middle of a step; compares equal if it does the same."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that the matrices of one launch may take, with what the transformations need."""
+        ...
+
+    @property
+    def bytes_per_element(self) -> int:
+        """What one element of a matrix takes of that."""
+        ...
+
+    def reads_gradients(self) -> bool:
+        """Whether gradients are transformed as well."""
+        ...
+
+    def scalars(self, hyper: Hyper, step: Any) -> tuple[Any, ...]:
+        """What the transformations need of a group's options at a step: floats, or tensors on a device."""
+        ...
+
+    def matrices(self, batch: Tensor) -> Sequence[Tensor]:
+        """``[parameters, *shape]`` as views ``[parameters, ..., m, n]`` of the matrices in it."""
+        ...
+
+    def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
+        """What takes the place of gradients ``[parameters, ..., m, n]``."""
+        ...
+
+    def update(self, u: Tensor, scalars: Sequence[Any]) -> Tensor:
+        """What takes the place of updates ``[parameters, ..., m, n]``."""
+        ...
+
+
+def dense_strides(param: Tensor) -> tuple[int, ...]:
+    """Strides of a dense tensor whose dimensions lie in the order of the parameter's."""
+    strides, reach = [0] * param.ndim, 1
+    for dim in reversed(memory_order(param)):
+        strides[dim], reach = reach, reach * param.shape[dim]
+    return tuple(stride or 1 for stride in strides)
+
+
+def _workspace(memory: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Room for a tensor for each parameter, dense and in the order of its dimensions: as a batch, and each."""
+    shape, strides, numel = params[0].shape, dense_strides(params[0]), params[0].numel()
+    batch = memory.as_strided((len(params), *shape), (numel, *strides))
+    return batch, list(batch.unbind())
+
+
+class MatrixBucket(Bucket):
+    """Parameters of one shape whose updates are transformed as matrices between two launches.
+
+    Where gradients are transformed too, or weight decay joins them, a launch more copies them into the
+    workspace first.
+    """
+
+    def __init__(self, key: Key, members: list[Member], steps_on_device: bool, memory: Tensor) -> None:
+        assert key.cut is not None
+        self.cut, self.whole_rule = key.cut, key.rule
+        self._couples_l2 = key.couples_l2
+        own = [member.operands() for member in members]
+        params = [operands.param[0] for operands in own]
+        self._batch, updates = _workspace(memory, params)
+        grads = [member.local(member.param.grad) for member in members if member.param.grad is not None]
+        in_place_of_params = [
+            Operands([u], operands.states, layout_of(u, grad), operands.ordinal)
+            for u, operands, grad in zip(updates, own, grads, strict=True)
+        ]
+        further = []
+        key = key._replace(param=BLANK)
+        first = key
+        if self.cut.reads_gradients() or self._couples_l2:
+            further.append(_launch(key._replace(grad=FP32), in_place_of_params, updates))
+            first = key._replace(rule=RULES["sgd"], states=())
+            in_place_of_params = [operands._replace(states=[]) for operands in in_place_of_params]
+        moved = [operands._replace(states=[]) for operands in own]
+        further.append(_launch(members[0].key._replace(rule=ADD, grad=FP32, states=()), moved, updates))
+        strided = any(not operands.layout.flat for operands in in_place_of_params)
+        super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
+        for launch in further:
+            launch.set_gradients(updates)
+
+    def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
+        """For each launch ``g_scale`` and the rule's scalars."""
+        rule, scale = self.whole_rule, row_tools.row(self.whole_rule, hyper, step, g_scale)[0]
+        named = dict(zip(rule.scalars, rule.row(hyper, step), strict=True))
+        moments = rule.row({**hyper, "lr": -1.0, "weight_decay": 0.0}, step)
+        add = 1.0, 0.0, hyper["lr"], named.get("decay", 0.0)
+        if len(self.launches()) == 2:
+            return [(scale, *moments), add]
+        return [(scale, 0.0, -1.0, 0.0), (1.0, *moments), add]
+
+    def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
+        """Computes the scalars of the coming step, also those of the transformations."""
+        super().prepare(groups, control)
+        if self.steps_on_device:
+            steps = self.steps + (1.0 if control.active is None else control.active)
+            parts = list(self._group_parts())
+            sources = [(group, steps[part].double(), part.stop - part.start) for group, part in parts]
+        else:
+            counts = Counter(self.row_indices)
+            sources = [(group, step + 1.0, counts[row]) for row, (group, step) in enumerate(self.cohorts)]
+        values = []
+        for group, step, _ in sources:
+            hyper = row_tools.resolve(groups[group], self.device if self.steps_on_device else None)
+            l2 = hyper["weight_decay"] if self._couples_l2 else 0.0
+            values.append((l2, *self.cut.scalars(hyper, step)))
+        lengths = [length for *_, length in sources]
+        self._scalars = [self._per_member(column, lengths) for column in zip(*values, strict=True)]
+
+    def _per_member(self, values: Sequence[Any], lengths: Sequence[int]) -> Any:
+        """One number if all parameters have the same, else a vector of theirs."""
+        if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
+            return values[0]
+        if not self.steps_on_device:
+            return torch.tensor([values[row] for row in self.row_indices], device=self.device)
+        parts = [
+            torch.as_tensor(value, dtype=torch.float32, device=self.device).expand(length)
+            for value, length in zip(values, lengths, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def run(self) -> None:
+        """Moments, matrices, parameters."""
+        self.driver.step(self)
+        *moments, add = self._further
+        l2, *scalars = self._scalars
+        if moments:
+            if self._couples_l2:
+                self._add_decay(l2)
+            if self.cut.reads_gradients():
+                self._transform(self.cut.gradient, scalars)
+            self.driver.step(moments[0])
+        self._transform(self.cut.update, scalars)
+        self.driver.step(add)
+
+    def _add_decay(self, l2: Any) -> None:
+        """Weight decay as part of the gradients, which are in the workspace."""
+        decode = DECODERS[self.members[0].key.param.name].decode
+        for index, (planes, g) in enumerate(zip(self.own_planes, self._batch, strict=True)):
+            param = planes[0]
+            p = decode([flat(plane, param).flatten() for plane in planes])
+            g = flat(g, param)
+            g.add_(p.view(g.shape) * (l2[index] if isinstance(l2, Tensor) else l2))
+
+    def _transform(self, function: Callable[..., Tensor], scalars: Sequence[Any]) -> None:
+        for view in self.cut.matrices(self._batch):
+            batch = view.flatten(0, -3)
+            repeats = len(batch) // len(view)
+            each = [s.repeat_interleave(repeats) if isinstance(s, Tensor) else s for s in scalars]
+            result = function(batch, each)
+            if result is not batch or batch.data_ptr() != view.data_ptr():
+                view.copy_(result.view(view.shape))
+
+
+def _launch(key: Key, operands: Sequence[Operands], grads: Sequence[Tensor]) -> Launch:
+    """A launch whose gradients are the workspace's."""
+    placed = [
+        o._replace(layout=layout_of(o.param[0], grad)) for o, grad in zip(operands, grads, strict=True)
+    ]
+    return Launch(key, placed, any(not o.layout.flat for o in placed))
+
+
+def chunks(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Members of one key in groups of one shape and order of dimensions that fit the workspace together."""
+    alike: dict[Any, list[Member]] = {}
+    for member in members:
+        param = member.local(member.param)
+        alike.setdefault((tuple(param.shape), dense_strides(param)), []).append(member)
+    for group in alike.values():
+        cut = group[0].key.cut
+        assert cut is not None
+        size = max(1, cut.workspace_bytes // (group[0].numel * cut.bytes_per_element))
+        yield from (group[start : start + size] for start in range(0, len(group), size))

@@ -35,7 +35,7 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         state[index] = {key: value.clone() if key == "step" else value for key, value in kept.items()}
     # A function cannot be saved safely, and a checkpoint does not decide about storage anyway.
     groups = [
-        {key: value for key, value in group.items() if key != "keep_fp32" or not callable(value)}
+        {key: value for key, value in group.items() if key != "spectral" and not callable(value)}
         for group in state_dict["param_groups"]
     ]
     own = {"format": _FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}

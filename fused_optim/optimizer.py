@@ -26,6 +26,7 @@ from .kernels.bucket import Bucket, Member
 from .kernels.control import Control, control
 from .kernels.guards import DictGuards, PythonDictGuards
 from .kernels.launch import Key
+from .kernels.matrix import MatrixCut, couples_l2
 from .kernels.plan import build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
@@ -229,7 +230,13 @@ class FusedOptimizer(Optimizer, ABC):
         grad_codec = storage.plain_codec(param)
         codecs = (param_codec, grad_codec, *states)
         exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
-        return Key(param.device, rule, param_codec, grad_codec, states, driver, exact)
+        key = Key(param.device, rule, param_codec, grad_codec, states, driver, exact)
+        cut = self._cut(group, name, self._parameter_name(group_index, position), param)
+        return key if cut is None else key._replace(cut=cut, couples_l2=couples_l2(rule, group))
+
+    def _cut(self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor) -> MatrixCut | None:
+        """What happens to a parameter's update as a matrix; ``name`` is for messages."""
+        return None if group["spectral"] is None else group["spectral"].cut(name, own_name, param)
 
     def _needs_norm(self) -> bool:
         return any(
@@ -240,7 +247,8 @@ class FusedOptimizer(Optimizer, ABC):
         """The options that decide about buckets and their checks; all others are scalars of a row."""
         engine = [tuple(map(group.get, ENGINE_OPTIONS)) for group in self.param_groups]
         rules = [self._rule(group).name for group in self.param_groups]
-        return [(self._needs_norm(),), *zip(rules, engine, strict=True)]
+        decays = [group.get("decoupled_weight_decay") for group in self.param_groups]
+        return [(self._needs_norm(),), *zip(rules, decays, engine, strict=True)]
 
     def _collect(self) -> list[Bucket]:
         """The buckets of this step with its gradients, planned anew where something moved."""

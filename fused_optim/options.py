@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from .kernels.codecs import PARAM_CODECS, STATE_CODECS
 from .kernels.dispatch import ARITHMETICS, BACKENDS
 from .precision import SMALL, KeepFp32, check_keep_fp32
+from .spectral_clip import SpectralClip
 
 
 class Options(TypedDict, total=False):
@@ -27,6 +28,8 @@ class Options(TypedDict, total=False):
             ``AdamW(model.named_parameters())``), several of these, or a function of name and parameter.
         seed: of the random bits of codecs that round stochastically; from 0 to 2**32 - 1. Replicas that
             must stay equal need the same seed.
+        spectral: bounds on the singular values of updates and gradients, a
+            :class:`fused_optim.spectral.SpectralClip`.
         clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
             loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
         skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
@@ -40,6 +43,7 @@ class Options(TypedDict, total=False):
     param_codec: str
     keep_fp32: KeepFp32
     seed: int
+    spectral: SpectralClip | None
     clip_grad_norm: float | None
     skip_nonfinite: bool
     backend: str
@@ -51,13 +55,14 @@ OPTION_DEFAULTS: Options = {
     "param_codec": "auto",
     "keep_fp32": SMALL,
     "seed": 0,
+    "spectral": None,
     "clip_grad_norm": None,
     "skip_nonfinite": False,
     "backend": "auto",
     "arithmetic": "auto",
 }
 
-ENGINE_OPTIONS = ("state_codec", "param_codec", "keep_fp32", "backend", "arithmetic")
+ENGINE_OPTIONS = ("state_codec", "param_codec", "keep_fp32", "spectral", "backend", "arithmetic")
 """Options that say how this process stores and computes, which a checkpoint does not override."""
 
 
@@ -135,6 +140,8 @@ def _options(group: Mapping[str, Any]) -> None:
             if codec != "auto" and codec not in known:
                 raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(known)}")
     check_keep_fp32(group["keep_fp32"])
+    if not isinstance(group["spectral"], SpectralClip | None):
+        raise TypeError(f"spectral must be a fused_optim.spectral.SpectralClip, got {group['spectral']!r}")
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")

@@ -23,7 +23,7 @@ from .launch import Key, Launch, Operands
 from .layout import flat, layout_of, memory_order
 from .reference.codecs import CODECS as DECODERS
 from .rules import ADD, RULES
-from .spec import Hyper
+from .spec import Hyper, Rule
 
 FP32 = CODECS["fp32"]
 
@@ -181,6 +181,14 @@ class MatrixBucket(Bucket):
             result = function(batch, each)
             if result is not batch or batch.data_ptr() != view.data_ptr():
                 view.copy_(result.view(view.shape))
+
+
+def couples_l2(rule: Rule, hyper: Hyper) -> bool:
+    """Whether a rule adds weight decay to the gradients of a group, whatever its strength."""
+    if "l2" not in rule.scalars:
+        return False
+    row = rule.row({**row_tools.resolve(hyper), "weight_decay": 1.0}, 1.0)
+    return row[rule.scalars.index("l2")] != 0
 
 
 def _launch(key: Key, operands: Sequence[Operands], grads: Sequence[Tensor]) -> Launch:

@@ -1,0 +1,112 @@
+"""Which matrices a parameter holds, for optimizers that treat them as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Split: TypeAlias = "Mapping[str, int | Sequence[int]]"
+"""From name patterns to how many equal matrices lie below each other, or to the rows of each."""
+
+WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class WholeMatrices:
+    """What every cut needs: where the matrices are, and how many may be worked on at a time.
+
+    A vector is a matrix of one row, a tensor of three dimensions a stack of matrices (experts), one of
+    four or five a convolution's weight, whose matrix is ``[outputs, everything else]``.
+    """
+
+    rows: tuple[int, ...] = ()
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    @property
+    def bytes_per_element(self) -> int:
+        """The update itself, and copies in the iterations."""
+        return 16
+
+    def matrices(self, batch: Tensor) -> Sequence[Tensor]:
+        """``[parameters, *shape]`` as views ``[parameters, ..., m, n]`` of the matrices in it."""
+        if batch.ndim == 2:
+            return [batch.unsqueeze(1)]
+        if batch.ndim == 4:
+            return [batch]
+        if batch.ndim > 4:
+            order = sorted(range(2, batch.ndim), key=batch.stride, reverse=True)
+            matrix = batch.permute(0, 1, *order).flatten(2)
+            assert matrix.data_ptr() == batch.data_ptr()
+            return [matrix]
+        return batch.split(list(self.rows), dim=1) if self.rows else [batch]
+
+
+def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
+    """Refuses parameters that hold no matrices.
+
+    Raises:
+        ValueError: complex, float64 or sharded parameters, convolutions whose outputs are not outermost in
+            memory, rows that do not add up.
+    """
+    if type(param).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor: its matrices are not whole on this rank; leave it out of the spectral "
+            "option, or train it without sharding"
+        )
+    if param.is_complex() or param.dtype.itemsize == 8:
+        raise ValueError(
+            f"{name} has dtype {param.dtype}; whole matrices are computed in float32 and below: convert it, "
+            "or leave it out of the spectral option"
+        )
+    if param.ndim > 3 and max(param.stride()) != param.stride(0):
+        raise ValueError(
+            f"{name} has strides {param.stride()}: the first of its {param.ndim} dimensions must be outermost "
+            "in memory for a matrix [first, all others]; use .contiguous() or channels_last"
+        )
+    if rows and (param.ndim != 2 or sum(rows) != param.shape[0]):
+        raise ValueError(
+            f"split={list(rows)} does not fit {name} of shape {tuple(param.shape)}; "
+            "the parts must add up to the rows of a matrix"
+        )
+
+
+def rows_of_parts(name: str, own_name: str, param: Tensor, split: Split) -> tuple[int, ...]:
+    """The rows of each matrix in a parameter, by the first pattern that its name matches."""
+    for pattern, parts in split.items():
+        if fnmatchcase(own_name, pattern):
+            if isinstance(parts, int):
+                if param.ndim != 2 or param.shape[0] % parts:
+                    raise ValueError(
+                        f"split={{{pattern!r}: {parts}}} does not fit {name} of shape {tuple(param.shape)}; "
+                        "give the rows of each part"
+                    )
+                return (param.shape[0] // parts,) * parts
+            return tuple(parts)
+    return ()
+
+
+def check_shared(split: Any, workspace_bytes: Any) -> None:
+    """Checks options that all cuts share.
+
+    Raises:
+        TypeError: not a mapping from patterns to numbers, not an integer.
+        ValueError: parts without rows, no room at all.
+    """
+    if not isinstance(split, Mapping):
+        raise TypeError(f"split must map name patterns to numbers of parts or to their rows, got {split!r}")
+    for pattern, parts in split.items():
+        numbers = parts if isinstance(parts, list | tuple) else [parts]
+        if not isinstance(pattern, str) or any(
+            isinstance(n, bool) or not isinstance(n, int) for n in numbers
+        ):
+            raise TypeError(f"split must map name patterns to integers, got {{{pattern!r}: {parts!r}}}")
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"split={{{pattern!r}: {parts!r}}}: a part has at least one row")
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an integer, got {workspace_bytes!r}")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes={workspace_bytes} leaves no room; the default is {WORKSPACE_BYTES}")

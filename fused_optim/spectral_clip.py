@@ -1,0 +1,223 @@
+"""SPECTRA: spectral clipping of updates and gradients, an option of every optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .cuts import WORKSPACE_BYTES, Split, WholeMatrices, check_matrices, check_shared, rows_of_parts
+from .kernels.spec import Hyper
+from .spectral import soft_clip
+
+ApplyTo: TypeAlias = "str | Sequence[str] | Callable[[str, Tensor], bool]"
+"""``"matrices"``, ``"all"``, name patterns, or a predicate of name and parameter."""
+
+
+def _cos(x: Any) -> Any:
+    return torch.cos(x) if isinstance(x, Tensor) else math.cos(x)
+
+
+def _limit(x: Any, low: float, high: float) -> Any:
+    return x.clamp(low, high) if isinstance(x, Tensor) else min(max(x, low), high)
+
+
+_DECAYS: Mapping[str, Callable[[Any], Any]] = {
+    "constant": lambda x: 1.0 + 0.0 * x,
+    "linear": lambda x: 1 - x,
+    "sqrt": lambda x: 1 - x**0.5,
+    "cosine": lambda x: (1 + _cos(math.pi * x)) / 2,
+    "square": lambda x: 1 - x**2,
+}
+
+
+@dataclass(frozen=True)
+class ClipSchedule:
+    """How thresholds change: looser while the learning rate warms up, tighter in the last steps.
+
+    In the first ``warmup_steps`` the threshold is ``c * peak_lr / lr``, so that no step is larger than at
+    the peak. In the last ``decay_fraction`` of ``total_steps`` it goes from ``c`` to ``final_scale * c``;
+    with progress ``x`` from 0 to 1 and ``F = final_scale`` the factor is ``F + (1 - F) f(x)``::
+
+        constant: f = 1      linear: f = 1 - x      sqrt: f = 1 - sqrt(x)
+        cosine: f = (1 + cos(pi x)) / 2             square: f = 1 - x**2
+
+    Args:
+        warmup_steps: steps of the learning rate's warmup.
+        peak_lr: the learning rate after it; needed with ``warmup_steps``.
+        total_steps: of the training; needed unless ``decay`` is constant.
+        decay: one of the shapes above.
+        decay_fraction: the part of ``total_steps`` that decays, in (0, 1].
+        final_scale: what is left of the threshold at the end, in (0, 1].
+
+    Raises:
+        ValueError: a value out of range, or one that is needed and missing.
+
+    Example:
+        >>> schedule = ClipSchedule(total_steps=100, decay="linear", decay_fraction=0.5, final_scale=0.2)
+        >>> [round(schedule(10.0, 1e-3, step), 1) for step in (1, 51, 76, 101)]
+        [10.0, 10.0, 6.0, 2.0]
+
+    Source:
+        Jiang, Semenov and Stich, Enhancing LLM Training via Spectral Clipping, arXiv 2603.14315.
+    """
+
+    warmup_steps: int = 0
+    peak_lr: float | None = None
+    total_steps: int | None = None
+    decay: str = "constant"
+    decay_fraction: float = 0.1
+    final_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.decay not in _DECAYS:
+            raise ValueError(f"decay={self.decay!r} is unknown; allowed: {', '.join(_DECAYS)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if self.warmup_steps and not (self.peak_lr and self.peak_lr > 0):
+            raise ValueError(f"warmup_steps needs peak_lr, the learning rate after it; got {self.peak_lr}")
+        if self.decay != "constant" and not (self.total_steps and self.total_steps > 0):
+            raise ValueError(f"decay={self.decay!r} needs total_steps; got {self.total_steps}")
+        for name in ("decay_fraction", "final_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in (0, 1]")
+
+    def __call__(self, threshold: float, lr: Any, step: Any) -> Any:
+        """The threshold of the ``step``-th step, counted from 1: a float, or a tensor as ``step`` is."""
+        factor, done = 1.0, step - 1
+        if self.decay != "constant":
+            assert self.total_steps is not None
+            length = self.decay_fraction * self.total_steps
+            x = _limit((done - (self.total_steps - length)) / length, 0.0, 1.0)
+            factor = self.final_scale + (1 - self.final_scale) * _DECAYS[self.decay](x)
+        if self.warmup_steps:
+            assert self.peak_lr is not None
+            warm = self.peak_lr / _limit(lr, 1e-10, math.inf)
+            if isinstance(step, Tensor):
+                return threshold * torch.where(done < self.warmup_steps, warm, factor)
+            return threshold * (warm if done < self.warmup_steps else factor)
+        return threshold * factor
+
+
+@dataclass(frozen=True)
+class SpectralClip:
+    """Softly bounds the singular values of updates (SPECTRA) and, if asked, of gradients.
+
+    Every singular value ``s`` becomes ``s / sqrt(1 + s**2 / c**2)``, which is less than ``c``; small ones
+    stay as they are::
+
+        H_c(X) = X (I + X^T X / c**2)**(-1/2)
+        p = p - lr * alpha * H_post(u) - lr * weight_decay * p     alpha = sqrt(max(1, rows / columns))
+
+    where ``u`` is the optimizer's own update without learning rate and weight decay, and the gradient is
+    ``H_pre(g)``, after loss scaling and norm clipping. A matrix that is zero stays zero; one with a NaN
+    becomes NaN and leaves the others alone. A vector ``v`` is clipped to ``v / sqrt(1 + |v|**2 / c**2)``,
+    also where it is shorter than ``c``: the authors' code leaves those alone and jumps at ``c``.
+
+    States and parameters keep their storage. Bytes moved per fp32 parameter beside the matrix products:
+    28 for AdamW's moments and update, 12 to move the parameters; the workspace is shared by all.
+
+    Args:
+        post: threshold ``c`` for updates; ``None`` for none. Typical: 10.
+        pre: threshold for gradients; ``None`` for none.
+        schedule: how both change during the training.
+        apply_to: ``"matrices"`` (two dimensions and more), ``"all"`` (vectors too), name patterns or a
+            predicate of name and parameter; names come from ``AdamW(model.named_parameters())``.
+        split: fused matrices, such as ``{"*.qkv_proj.*": 3}`` or ``{"*.qkv*": (2048, 512, 512)}`` rows.
+        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone.
+
+    Raises:
+        ValueError: thresholds that are not positive, nothing to clip.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> from fused_optim.spectral import SpectralClip, spectral_norm
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 32))
+        >>> optimizer = fused_optim.AdamW([weight], lr=1.0, spectral=SpectralClip(post=2.0))
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> bool(spectral_norm(weight.detach()) < 2.0 * 2**0.5)
+        True
+
+    Source:
+        Jiang, Semenov and Stich, Enhancing LLM Training via Spectral Clipping, arXiv 2603.14315.
+    """
+
+    post: float | None = 10.0
+    pre: float | None = None
+    schedule: ClipSchedule = field(default_factory=ClipSchedule)
+    apply_to: ApplyTo = "matrices"
+    split: Split = field(default_factory=dict)
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("post", "pre"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"{name} must be a number or None, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be positive and finite, or None for no clipping")
+        if self.post is None and self.pre is None:
+            raise ValueError("SpectralClip(post=None, pre=None) clips nothing; leave spectral=None instead")
+        if not isinstance(self.schedule, ClipSchedule):
+            raise TypeError(f"schedule must be a ClipSchedule, got {self.schedule!r}")
+        patterns = [] if callable(self.apply_to) else self._patterns()
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"apply_to must be names, patterns or a predicate, got {self.apply_to!r}")
+        check_shared(self.split, self.workspace_bytes)
+
+    def _patterns(self) -> Sequence[Any]:
+        assert not callable(self.apply_to)
+        return self.apply_to if isinstance(self.apply_to, list | tuple) else [self.apply_to]
+
+    def applies(self, name: str, param: Tensor) -> bool:
+        """Whether a parameter's updates are clipped."""
+        if callable(self.apply_to):
+            return bool(self.apply_to(name, param))
+        kinds = {"matrices": param.ndim >= 2, "all": param.ndim >= 1}
+        return any(
+            kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern))
+            for pattern in self._patterns()
+        )
+
+    def cut(self, name: str, own_name: str, param: Tensor) -> _Clip | None:
+        """What becomes of a parameter's matrices; None for parameters that are left alone."""
+        if not self.applies(own_name, param):
+            return None
+        rows = rows_of_parts(name, own_name, param, self.split)
+        check_matrices(name, param, rows)
+        return _Clip(rows, self.workspace_bytes, self.post, self.pre, self.schedule)
+
+
+@dataclass(frozen=True)
+class _Clip(WholeMatrices):
+    """The transformations of :class:`SpectralClip` for parameters that hold the same matrices."""
+
+    post: float | None = None
+    pre: float | None = None
+    schedule: ClipSchedule = field(default_factory=ClipSchedule)
+
+    def reads_gradients(self) -> bool:
+        return self.pre is not None
+
+    def scalars(self, hyper: Hyper, step: Any) -> tuple[Any, ...]:
+        return tuple(
+            0.0 if threshold is None else self.schedule(threshold, hyper["lr"], step)
+            for threshold in (self.post, self.pre)
+        )
+
+    def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
+        return soft_clip(g, scalars[1])
+
+    def update(self, u: Tensor, scalars: Sequence[Any]) -> Tensor:
+        if self.post is None:
+            return u
+        m, n = u.shape[-2:]
+        # A vector, though its matrix has one row, is not scaled, and a tall one has no columns to speak of.
+        return soft_clip(u, scalars[0]).mul_(max(1.0, m / n) ** 0.5)

@@ -5,6 +5,7 @@ from .adamw import AdamW
 from .embedding import StableEmbedding
 from .lion import Lion
 from .master import full_precision, set_full_precision
+from .muon import Muon
 from .optimizer import FusedOptimizer
 from .precision import keep_fp32
 from .presets import Adam8bit, AdamW4bit, AdamW8bit, Lion4bit, Lion8bit, SGD8bit
@@ -21,6 +22,7 @@ __all__ = [
     "Lion",
     "Lion4bit",
     "Lion8bit",
+    "Muon",
     "SGD8bit",
     "StableEmbedding",
     "full_precision",

@@ -64,8 +64,8 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
         )
     if param.ndim > 3 and max(param.stride()) != param.stride(0):
         raise ValueError(
-            f"{name} has strides {param.stride()}: the first of its {param.ndim} dimensions must be outermost "
-            "in memory for a matrix [first, all others]; use .contiguous() or channels_last"
+            f"{name} has strides {param.stride()}: for a matrix [first dimension, all others] the first must "
+            "be outermost in memory; use .contiguous() or channels_last"
         )
     if rows and (param.ndim != 2 or sum(rows) != param.shape[0]):
         raise ValueError(
@@ -109,4 +109,6 @@ def check_shared(split: Any, workspace_bytes: Any) -> None:
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an integer, got {workspace_bytes!r}")
     if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes={workspace_bytes} leaves no room; the default is {WORKSPACE_BYTES}")
+        raise ValueError(
+            f"workspace_bytes={workspace_bytes} leaves no room; the default is {WORKSPACE_BYTES}"
+        )

@@ -75,6 +75,8 @@ class FusedOptimizer(Optimizer, ABC):
     _step_supports_amp_scaling = True
     _unknown_to_torch: frozenset[str] = frozenset()
     """State and group keys that the torch.optim class of the same name does not have."""
+    _planned_options: tuple[str, ...] = ("decoupled_weight_decay",)
+    """Options of the class that decide about launches; all others are scalars of a row."""
     # A loss scaler sets these for the time of a step; it must not find them otherwise.
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -244,11 +246,11 @@ class FusedOptimizer(Optimizer, ABC):
         )
 
     def _signature(self) -> list[tuple[Any, ...]]:
-        """The options that decide about buckets and their checks; all others are scalars of a row."""
+        """The options that decide about buckets and their checks."""
         engine = [tuple(map(group.get, ENGINE_OPTIONS)) for group in self.param_groups]
         rules = [self._rule(group).name for group in self.param_groups]
-        decays = [group.get("decoupled_weight_decay") for group in self.param_groups]
-        return [(self._needs_norm(),), *zip(rules, decays, engine, strict=True)]
+        own = [tuple(map(group.get, self._planned_options)) for group in self.param_groups]
+        return [(self._needs_norm(),), *zip(rules, own, engine, strict=True)]
 
     def _collect(self) -> list[Bucket]:
         """The buckets of this step with its gradients, planned anew where something moved."""

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from .kernels.codecs import PARAM_CODECS, STATE_CODECS
 from .kernels.dispatch import ARITHMETICS, BACKENDS
+from .newton_schulz import check_newton_schulz
 from .precision import SMALL, KeepFp32, check_keep_fp32
 from .spectral_clip import SpectralClip
 
@@ -100,20 +101,20 @@ def _torch_flags(group: Mapping[str, Any]) -> None:
         if name in group and not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     for name in ("foreach", "fused"):
-        if group[name] not in (None, True, False):
+        if group.get(name) not in (None, True, False):
             raise TypeError(
                 f"{name} must be True, False or None (it has no effect here), got {group[name]!r}"
             )
-    if group["fused"] and group["foreach"]:
+    if group.get("fused") and group.get("foreach"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together; neither has an effect here")
-    if group["differentiable"]:
-        if group["fused"]:
+    if group.get("differentiable"):
+        if group.get("fused"):
             raise RuntimeError("`fused` does not support `differentiable`")
         raise ValueError(
             "differentiable=True is not supported: the step runs in one kernel that autograd cannot see "
             "through; use torch.optim for differentiable steps"
         )
-    if group["foreach"] and not group["capturable"]:
+    if group.get("foreach") and not group["capturable"]:
         tensors = {
             "lr": group["lr"],
             **{f"betas[{i}]": beta for i, beta in enumerate(group.get("betas", ()))},
@@ -164,7 +165,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         _betas(group)
     if "dampening" in group:
         _number("dampening", group["dampening"])
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+    heavy_ball = "dampening" in group
+    if heavy_ball and group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if "ns_steps" in group:
+        check_newton_schulz(group)
     _torch_flags(group)
     _options(group)

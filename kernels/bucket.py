@@ -182,9 +182,7 @@ class Bucket(Launch):
 
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""
-        for owner, (param, *rest), states in zip(
-            self.owners, self.own_planes, self._own_states, strict=True
-        ):
+        for owner, (param, *rest), states in zip(self.owners, self.own_planes, self._own_states, strict=True):
             yield Written(param, owner, True)
             yield from (Written(plane, owner, False) for plane in chain(rest, *states))
 

@@ -71,7 +71,7 @@ def dense_strides(param: Tensor) -> tuple[int, ...]:
 
 
 def _workspace(memory: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Room for a tensor for each parameter, dense and in the order of its dimensions: as a batch, and each."""
+    """Room for a dense tensor in each parameter's order of dimensions: as a batch, and one by one."""
     shape, strides, numel = params[0].shape, dense_strides(params[0]), params[0].numel()
     batch = memory.as_strided((len(params), *shape), (numel, *strides))
     return batch, list(batch.unbind())
@@ -115,7 +115,9 @@ class MatrixBucket(Bucket):
         rule, scale = self.whole_rule, row_tools.row(self.whole_rule, hyper, step, g_scale)[0]
         named = dict(zip(rule.scalars, rule.row(hyper, step), strict=True))
         moments = rule.row({**hyper, "lr": -1.0, "weight_decay": 0.0}, step)
-        add = 1.0, 0.0, hyper["lr"], named.get("decay", 0.0)
+        decoupled = hyper.get("decoupled_weight_decay", False)
+        decay = hyper["lr"] * hyper["weight_decay"] if decoupled else named.get("decay", 0.0)
+        add = 1.0, 0.0, hyper["lr"], decay
         if len(self.launches()) == 2:
             return [(scale, *moments), add]
         return [(scale, 0.0, -1.0, 0.0), (1.0, *moments), add]
@@ -193,9 +195,7 @@ def couples_l2(rule: Rule, hyper: Hyper) -> bool:
 
 def _launch(key: Key, operands: Sequence[Operands], grads: Sequence[Tensor]) -> Launch:
     """A launch whose gradients are the workspace's."""
-    placed = [
-        o._replace(layout=layout_of(o.param[0], grad)) for o, grad in zip(operands, grads, strict=True)
-    ]
+    placed = [o._replace(layout=layout_of(o.param[0], grad)) for o, grad in zip(operands, grads, strict=True)]
     return Launch(key, placed, any(not o.layout.flat for o in placed))
 
 

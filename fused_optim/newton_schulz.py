@@ -1,0 +1,42 @@
+"""Checks of the options that Newton–Schulz iterations have in optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .cuts import check_shared
+from .kernels.spectral.coefficients import schedule
+
+SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: max(1.0, m / n) ** 0.5,
+    "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "spectral_unclamped": lambda m, n: (m / n) ** 0.5,
+}
+"""What ``adjust_lr_fn`` may be: factors for a matrix of m rows and n columns."""
+
+
+def triples(coefficients: Sequence[Any]) -> Sequence[Sequence[float]]:
+    """Coefficients of each step, also if one triple was given for all."""
+    alone = len(coefficients) > 0 and isinstance(coefficients[0], int | float)
+    return [coefficients] if alone else coefficients
+
+
+def check_newton_schulz(group: Mapping[str, Any]) -> None:
+    """Checks the options of a group of Muon.
+
+    Raises:
+        ValueError: an unknown name or a number out of range.
+        TypeError: a value of the wrong type.
+    """
+    steps, coefficients, scale = group["ns_steps"], group["ns_coefficients"], group["adjust_lr_fn"]
+    if scale is not None and scale not in SCALES:
+        raise ValueError(
+            f"Adjust learning rate function {scale} is not supported; allowed: None, {', '.join(SCALES)}"
+        )
+    if isinstance(steps, int) and steps >= 100:
+        raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {steps}")
+    schedule(coefficients if isinstance(coefficients, str) else triples(coefficients), steps)
+    if group["algorithm"] not in ("muon", "adamw", "lion"):
+        raise ValueError(f"algorithm={group['algorithm']!r} is unknown; allowed: muon, adamw, lion")
+    check_shared(group["split"], group["workspace_bytes"])

@@ -6,6 +6,7 @@ from .embedding import StableEmbedding
 from .lion import Lion
 from .master import full_precision, set_full_precision
 from .muon import Muon
+from .muon_family import AdamH, MuonH, NorMuon
 from .optimizer import FusedOptimizer
 from .precision import keep_fp32
 from .presets import Adam8bit, AdamW4bit, AdamW8bit, Lion4bit, Lion8bit, SGD8bit
@@ -15,6 +16,7 @@ __all__ = [
     "SGD",
     "Adam",
     "Adam8bit",
+    "AdamH",
     "AdamW",
     "AdamW4bit",
     "AdamW8bit",
@@ -23,6 +25,8 @@ __all__ = [
     "Lion4bit",
     "Lion8bit",
     "Muon",
+    "MuonH",
+    "NorMuon",
     "SGD8bit",
     "StableEmbedding",
     "full_precision",

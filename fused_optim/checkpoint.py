@@ -171,7 +171,7 @@ def _load(
         optimizer._parameter_name(*place),
         group["params"][place[1]],
     )
-    rule = optimizer._rule(group)
+    rule, _ = optimizer._rule_and_cut(group, name, own_name, param)
     now = states.Stored(
         storage.param_codec(name, param, group), storage.state_codecs(name, own_name, param, group, rule)
     )

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from .kernels.spec import Per
+
 Split: TypeAlias = "Mapping[str, int | Sequence[int]]"
 """From name patterns to how many equal matrices lie below each other, or to the rows of each."""
 
+ApplyTo: TypeAlias = "str | Sequence[str] | Callable[[str, Tensor], bool]"
+"""``"matrices"``, ``"all"``, name patterns, or a predicate of name and parameter."""
+
 WORKSPACE_BYTES = 256 << 20
+
+
+def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
+    """Whether an option is meant for a parameter."""
+    if callable(apply_to):
+        return bool(apply_to(name, param))
+    kinds = {"matrices": param.ndim >= 2, "all": param.ndim >= 1}
+    patterns = apply_to if isinstance(apply_to, list | tuple) else [apply_to]
+    return any(
+        kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern)) for pattern in patterns
+    )
+
+
+def check_apply_to(apply_to: Any) -> None:
+    """Checks an option ``apply_to``.
+
+    Raises:
+        TypeError: not names, patterns or a function.
+    """
+    patterns = apply_to if isinstance(apply_to, list | tuple) else [apply_to]
+    if not callable(apply_to) and not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "apply_to must be 'matrices', 'all', name patterns or a function of name and parameter, "
+            f"got {apply_to!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -28,8 +58,25 @@ class WholeMatrices:
 
     @property
     def bytes_per_element(self) -> int:
-        """The update itself, and copies in the iterations."""
-        return 16
+        """The update itself, copies in the iterations, and the parameter where it is read."""
+        return 24 if self.reads_params() else 16
+
+    @property
+    def shared(self) -> tuple[tuple[str, Per], ...]:
+        """States of whole rows or matrices."""
+        return ()
+
+    def reads_gradients(self) -> bool:
+        """Not unless a subclass says so."""
+        return False
+
+    def reads_params(self) -> bool:
+        """Not unless a subclass says so."""
+        return False
+
+    def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
+        """The gradients themselves."""
+        return g
 
     def matrices(self, batch: Tensor) -> Sequence[Tensor]:
         """``[parameters, *shape]`` as views ``[parameters, ..., m, n]`` of the matrices in it."""

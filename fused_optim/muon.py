@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
 from .cuts import WORKSPACE_BYTES, Split, WholeMatrices, check_matrices, rows_of_parts
+from .hypersphere import RADIUS, along_sphere
 from .kernels.matrix import MatrixCut
 from .kernels.rules import MUON, RULES
-from .kernels.spec import Hyper, Rule
+from .kernels.spec import Hyper, Per, Rule
 from .newton_schulz import SCALES, triples
 from .optimizer import FusedOptimizer
 from .options import Options
@@ -33,22 +35,43 @@ class Orthogonalize(WholeMatrices):
     coefficients: Any = "jordan"
     steps: int = 5
     scale: str = "original"
+    normalizes_rows: bool = False
+    radius: str | None = None
 
-    def reads_gradients(self) -> bool:
-        """Never."""
-        return False
+    @property
+    def shared(self) -> tuple[tuple[str, Per], ...]:
+        """NorMuon's average of squares, MuonH's radius."""
+        rows = (("row_second_moment", Per.ROW),) if self.normalizes_rows else ()
+        return (*rows, RADIUS) if self.radius == "fixed" else rows
 
-    def scalars(self, hyper: Hyper, step: Any) -> tuple[Any, ...]:
-        """None are needed."""
-        return ()
+    def reads_params(self) -> bool:
+        """Where they keep their norm."""
+        return self.radius is not None
 
-    def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
-        """The gradients themselves."""
-        return g
+    def scalars(self, hyper: Hyper, step: Any, decay: Any) -> tuple[Any, ...]:
+        """For rows and norms."""
+        return hyper["beta2"] or 0.0, hyper["lr"], decay
 
-    def update(self, u: Tensor, scalars: Sequence[Any]) -> Tensor:
-        """Orthogonal matrices in place of updates ``[batch, m, n]``."""
-        return orthogonalize(u, self.coefficients, self.steps).mul_(SCALES[self.scale](*u.shape[-2:]))
+    def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
+        """Orthogonal matrices in place of updates."""
+        beta2, lr, decay = scalars
+        u = orthogonalize(u, self.coefficients, self.steps)
+        if self.normalizes_rows:
+            u = _normalize_rows(u, beta2, shared[0])
+        if self.radius is None:
+            return u.mul_(SCALES[self.scale](*u.shape[-2:]))
+        assert p is not None
+        return along_sphere(u, p, lr, decay, shared[-1] if self.radius == "fixed" else None, 1e-8)
+
+
+def _normalize_rows(u: Tensor, beta2: Any, second_moment: Tensor) -> Tensor:
+    """Every row divided by the root of its average square, the whole matrix back at its norm."""
+    weight = 1 - (beta2.view(-1, 1, 1) if isinstance(beta2, Tensor) else beta2)
+    squares = u.square().mean(-1, keepdim=True)
+    second_moment.add_((squares - second_moment) * weight)
+    norm = torch.linalg.matrix_norm(u, keepdim=True)
+    u = u / (second_moment.sqrt() + 1e-10)
+    return u * (norm / (torch.linalg.matrix_norm(u, keepdim=True) + 1e-10))
 
 
 def is_hidden_matrix(name: str, param: Tensor) -> bool:
@@ -95,6 +118,10 @@ class Muon(FusedOptimizer):
         adjust_lr_fn: the factor for the shape, see above.
         maximize: ascend instead of descend.
         capturable: step counts live on the device, so that a CUDA graph may capture ``step()``.
+        beta2: decay of the average of squares that every row of ``O`` is divided by (NorMuon), see
+            :class:`fused_optim.NorMuon`; ``None`` for none.
+        radius: ``"fixed"`` or ``"current"`` keeps the norm of every matrix (MuonH), see
+            :class:`fused_optim.MuonH`; ``adjust_lr_fn`` has no effect then. ``None`` lets norms change.
         others: ``"adamw"`` or ``"lion"`` for parameters that are not hidden matrices; ``None`` refuses them.
         others_lr: their learning rate.
         others_betas: their ``betas``; by default (0.9, 0.95), Lion's (0.9, 0.98).
@@ -123,11 +150,12 @@ class Muon(FusedOptimizer):
     """
 
     _unknown_to_torch = frozenset(
-        {"step", "maximize", "capturable", "betas", "decoupled_weight_decay"}
+        {"step", "maximize", "capturable", "betas", "decoupled_weight_decay", "beta2", "radius"}
         | {"algorithm", "split", "workspace_bytes"}
     )
     _planned_options = (
         *("algorithm", "ns_coefficients", "ns_steps", "adjust_lr_fn", "split", "workspace_bytes"),
+        *("beta2", "radius"),
     )
 
     def __init__(
@@ -144,6 +172,8 @@ class Muon(FusedOptimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        beta2: float | None = None,
+        radius: Literal["fixed", "current"] | None = None,
         others: Literal["adamw", "lion"] | None = None,
         others_lr: float | Tensor = 3e-4,
         others_betas: tuple[float, float] | None = None,
@@ -177,6 +207,8 @@ class Muon(FusedOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "maximize": maximize,
             "capturable": capturable,
+            "beta2": beta2,
+            "radius": radius,
             "betas": (0.9, 0.95),
             "decoupled_weight_decay": True,
             "algorithm": "muon",
@@ -238,4 +270,14 @@ class Muon(FusedOptimizer):
         if not isinstance(coefficients, str):
             coefficients = tuple(tuple(step) for step in triples(coefficients))
         scale = group["adjust_lr_fn"] or "original"
-        return Orthogonalize(rows, group["workspace_bytes"], coefficients, group["ns_steps"], scale)
+        if rows and group["radius"] is not None:
+            raise ValueError(f"split and radius do not go together ({name}): a parameter has one norm")
+        return Orthogonalize(
+            rows,
+            group["workspace_bytes"],
+            coefficients,
+            group["ns_steps"],
+            scale,
+            normalizes_rows=group["beta2"] is not None,
+            radius=group["radius"],
+        )

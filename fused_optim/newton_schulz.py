@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .cuts import check_shared
+from .hypersphere import check_radius
 from .kernels.spectral.coefficients import schedule
 
 SCALES: Mapping[str, Callable[[int, int], float]] = {
@@ -37,6 +38,11 @@ def check_newton_schulz(group: Mapping[str, Any]) -> None:
     if isinstance(steps, int) and steps >= 100:
         raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {steps}")
     schedule(coefficients if isinstance(coefficients, str) else triples(coefficients), steps)
+    beta2 = group["beta2"]
+    if beta2 is not None and not 0.0 <= beta2 < 1.0:
+        raise ValueError(f"Invalid beta2: {beta2}; it must be in [0, 1), or None")
+    if group["radius"] is not None:
+        check_radius(group["radius"])
     if group["algorithm"] not in ("muon", "adamw", "lion"):
         raise ValueError(f"algorithm={group['algorithm']!r} is unknown; allowed: muon, adamw, lion")
     check_shared(group["split"], group["workspace_bytes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import wraps
 from itertools import chain
 from operator import is_
@@ -225,7 +226,7 @@ class FusedOptimizer(Optimizer, ABC):
     def _key(self, group_index: int, position: int, param: Tensor) -> Key:
         """Which bucket a parameter belongs to, its gradient being stored as itself."""
         group, name = self.param_groups[group_index], self._name(group_index, position)
-        rule = self._rule(group)
+        rule, cut = self._rule_and_cut(group, name, self._parameter_name(group_index, position), param)
         param_codec = storage.param_codec(name, param, group)
         states = storage.state_codecs(name, self._parameter_name(group_index, position), param, group, rule)
         driver = dispatch.choose(param.device.type, (param_codec, *states), group["backend"])
@@ -233,8 +234,14 @@ class FusedOptimizer(Optimizer, ABC):
         codecs = (param_codec, grad_codec, *states)
         exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
         key = Key(param.device, rule, param_codec, grad_codec, states, driver, exact)
-        cut = self._cut(group, name, self._parameter_name(group_index, position), param)
         return key if cut is None else key._replace(cut=cut, couples_l2=couples_l2(rule, group))
+
+    def _rule_and_cut(
+        self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor
+    ) -> tuple[Rule, MatrixCut | None]:
+        """A parameter's rule, with the states that its matrices need, and what happens to them."""
+        rule, cut = self._rule(group), self._cut(group, name, own_name, param)
+        return (rule if cut is None else replace(rule, shared=cut.shared)), cut
 
     def _cut(self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor) -> MatrixCut | None:
         """What happens to a parameter's update as a matrix; ``name`` is for messages."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from .hypersphere import Hypersphere
 from .kernels.codecs import PARAM_CODECS, STATE_CODECS
 from .kernels.dispatch import ARITHMETICS, BACKENDS
 from .newton_schulz import check_newton_schulz
@@ -29,8 +30,9 @@ class Options(TypedDict, total=False):
             ``AdamW(model.named_parameters())``), several of these, or a function of name and parameter.
         seed: of the random bits of codecs that round stochastically; from 0 to 2**32 - 1. Replicas that
             must stay equal need the same seed.
-        spectral: bounds on the singular values of updates and gradients, a
-            :class:`fused_optim.spectral.SpectralClip`.
+        spectral: what happens to whole matrices in a step: a :class:`fused_optim.spectral.SpectralClip`
+            bounds the singular values of updates and gradients, a
+            :class:`fused_optim.spectral.Hypersphere` keeps the norms of parameters.
         clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
             loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
         skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
@@ -44,7 +46,7 @@ class Options(TypedDict, total=False):
     param_codec: str
     keep_fp32: KeepFp32
     seed: int
-    spectral: SpectralClip | None
+    spectral: SpectralClip | Hypersphere | None
     clip_grad_norm: float | None
     skip_nonfinite: bool
     backend: str
@@ -141,8 +143,11 @@ def _options(group: Mapping[str, Any]) -> None:
             if codec != "auto" and codec not in known:
                 raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(known)}")
     check_keep_fp32(group["keep_fp32"])
-    if not isinstance(group["spectral"], SpectralClip | None):
-        raise TypeError(f"spectral must be a fused_optim.spectral.SpectralClip, got {group['spectral']!r}")
+    if not isinstance(group["spectral"], SpectralClip | Hypersphere | None):
+        raise TypeError(
+            "spectral must be a SpectralClip or a Hypersphere of fused_optim.spectral, or None; "
+            f"got {group['spectral']!r}"
+        )
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")

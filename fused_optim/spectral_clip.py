@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cuts import WORKSPACE_BYTES, Split, WholeMatrices, check_matrices, check_shared, rows_of_parts
+from .cuts import (
+    WORKSPACE_BYTES,
+    ApplyTo,
+    Split,
+    WholeMatrices,
+    applies,
+    check_apply_to,
+    check_matrices,
+    check_shared,
+    rows_of_parts,
+)
 from .kernels.spec import Hyper
 from .spectral import soft_clip
-
-ApplyTo: TypeAlias = "str | Sequence[str] | Callable[[str, Tensor], bool]"
-"""``"matrices"``, ``"all"``, name patterns, or a predicate of name and parameter."""
 
 
 def _cos(x: Any) -> Any:
@@ -167,28 +173,12 @@ class SpectralClip:
             raise ValueError("SpectralClip(post=None, pre=None) clips nothing; leave spectral=None instead")
         if not isinstance(self.schedule, ClipSchedule):
             raise TypeError(f"schedule must be a ClipSchedule, got {self.schedule!r}")
-        patterns = [] if callable(self.apply_to) else self._patterns()
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"apply_to must be names, patterns or a predicate, got {self.apply_to!r}")
+        check_apply_to(self.apply_to)
         check_shared(self.split, self.workspace_bytes)
-
-    def _patterns(self) -> Sequence[Any]:
-        assert not callable(self.apply_to)
-        return self.apply_to if isinstance(self.apply_to, list | tuple) else [self.apply_to]
-
-    def applies(self, name: str, param: Tensor) -> bool:
-        """Whether a parameter's updates are clipped."""
-        if callable(self.apply_to):
-            return bool(self.apply_to(name, param))
-        kinds = {"matrices": param.ndim >= 2, "all": param.ndim >= 1}
-        return any(
-            kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern))
-            for pattern in self._patterns()
-        )
 
     def cut(self, name: str, own_name: str, param: Tensor) -> _Clip | None:
         """What becomes of a parameter's matrices; None for parameters that are left alone."""
-        if not self.applies(own_name, param):
+        if not applies(self.apply_to, own_name, param):
             return None
         rows = rows_of_parts(name, own_name, param, self.split)
         check_matrices(name, param, rows)
@@ -206,7 +196,7 @@ class _Clip(WholeMatrices):
     def reads_gradients(self) -> bool:
         return self.pre is not None
 
-    def scalars(self, hyper: Hyper, step: Any) -> tuple[Any, ...]:
+    def scalars(self, hyper: Hyper, step: Any, decay: Any) -> tuple[Any, ...]:
         return tuple(
             0.0 if threshold is None else self.schedule(threshold, hyper["lr"], step)
             for threshold in (self.post, self.pre)
@@ -215,7 +205,7 @@ class _Clip(WholeMatrices):
     def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
         return soft_clip(g, scalars[1])
 
-    def update(self, u: Tensor, scalars: Sequence[Any]) -> Tensor:
+    def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
         if self.post is None:
             return u
         m, n = u.shape[-2:]

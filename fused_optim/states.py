@@ -157,7 +157,8 @@ def load(
     expected = {slot.name for slot in rule.slots}
     for slot, source in zip(rule.slots, sources, strict=True):
         expected |= {slot.name + plane.suffix for plane in source.planes} if source else set()
-    found = {key for key, value in entry.items() if value is not None and key != "step"}
+    shared = {key: per.shape(tuple(param.shape)) for key, per in rule.shared if entry.get(key) is not None}
+    found = {key for key, value in entry.items() if value is not None and key != "step"} - set(shared)
     if found - param_keys != expected:
         raise ValueError(
             f"the state dict holds {sorted(found)} for {name}, but {rule.name} keeps {sorted(expected)}: "
@@ -180,6 +181,13 @@ def load(
         state["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().reshape(()).clone()
     if param_keys and found >= param_keys:
         state |= _copy(name, entry, param, "param", now.param.planes[1:])
+    for key, shape in shared.items():
+        if tuple(entry[key].shape) != shape:
+            raise ValueError(
+                f"state {key!r} of {name} has shape {tuple(entry[key].shape)} in the state dict, expected "
+                f"{shape}: it belongs to another model or is damaged"
+            )
+        state[key] = entry[key].detach().to(param.device, torch.float32, copy=True)
     for slot, source, codec in zip(rule.slots, sources, now.states, strict=True):
         if source is codec and (dims is None or codec.block == 1):
             state |= _copy(name, entry, param, slot.name, codec.planes)

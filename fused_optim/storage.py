@@ -164,7 +164,7 @@ def state_codecs(
 
 
 def planes_of(param: Codec, rule: Rule, states: tuple[Codec, ...]) -> dict[str, Plane]:
-    """Every plane beside the parameter itself, under its key in the state."""
+    """Every plane beside the parameter itself that a kernel sees, under its key in the state."""
     owners = [("param", param.planes[1:])]
     owners += [(slot.name, codec.planes) for slot, codec in zip(rule.slots, states, strict=True)]
     return {owner + plane.suffix: plane for owner, planes in owners for plane in planes}
@@ -201,6 +201,9 @@ def complete_state(
     for key, plane in planes_of(param_codec, rule, codecs).items():
         if state.get(key) is None:
             state[key] = empty_plane(param, plane)
+    for key, per in rule.shared:
+        if state.get(key) is None:
+            state[key] = torch.zeros(per.shape(tuple(param.shape)), device=param.device)
 
 
 def check_state(
@@ -216,18 +219,22 @@ def check_state(
     Raises:
         ValueError: shape, dtype, device or memory order of a plane is not the expected one.
     """
-    for key, plane in planes_of(param_codec, rule, codecs).items():
+    kept = {
+        key: (_plane_dtype(param, plane), plane_shape(plane, param), plane.per)
+        for key, plane in planes_of(param_codec, rule, codecs).items()
+    }
+    kept |= {key: (torch.float32, per.shape(tuple(param.shape)), 0) for key, per in rule.shared}
+    for key, (expected, shape, per) in kept.items():
         value = state.get(key)
         if value is None:
             continue
-        expected, shape = _plane_dtype(param, plane), plane_shape(plane, param)
         if value.dtype != expected or value.device != param.device or tuple(value.shape) != shape:
             raise ValueError(
                 f"state {key!r} of {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "
                 f"expected {shape} {expected} on {param.device}. Move states with the parameters, and "
                 "load checkpoints with load_state_dict"
             )
-        in_order = value.is_contiguous() if plane.per > 1 else follows(local_view(value), local_view(param))
+        in_order = value.is_contiguous() if per != 1 else follows(local_view(value), local_view(param))
         if not in_order:
             raise ValueError(
                 f"state {key!r} of {name} has strides {value.stride()}, which do not follow the "

@@ -23,13 +23,18 @@ from .launch import Key, Launch, Operands
 from .layout import flat, layout_of, memory_order
 from .reference.codecs import CODECS as DECODERS
 from .rules import ADD, RULES
-from .spec import Hyper, Rule
+from .spec import Hyper, Per, Rule
 
 FP32 = CODECS["fp32"]
 
 
 class MatrixCut(Protocol):
     """What happens to whole matrices in the middle of a step; compares equal if it does the same."""
+
+    @property
+    def shared(self) -> tuple[tuple[str, Per], ...]:
+        """States of whole rows or matrices."""
+        ...
 
     @property
     def workspace_bytes(self) -> int:
@@ -45,8 +50,15 @@ class MatrixCut(Protocol):
         """Whether gradients are transformed as well."""
         ...
 
-    def scalars(self, hyper: Hyper, step: Any) -> tuple[Any, ...]:
-        """What the transformations need of a group's options at a step: floats, or tensors on a device."""
+    def reads_params(self) -> bool:
+        """Whether the update depends on the parameters, and includes learning rate and weight decay."""
+        ...
+
+    def scalars(self, hyper: Hyper, step: Any, decay: Any) -> tuple[Any, ...]:
+        """What the transformations need of a group's options at a step: floats, or tensors on a device.
+
+        ``decay`` is what decoupled weight decay takes from a parameter.
+        """
         ...
 
     def matrices(self, batch: Tensor) -> Sequence[Tensor]:
@@ -54,11 +66,15 @@ class MatrixCut(Protocol):
         ...
 
     def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
-        """What takes the place of gradients ``[parameters, ..., m, n]``."""
+        """What takes the place of gradients ``[matrices, m, n]``."""
         ...
 
-    def update(self, u: Tensor, scalars: Sequence[Any]) -> Tensor:
-        """What takes the place of updates ``[parameters, ..., m, n]``."""
+    def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
+        """What takes the place of updates ``[matrices, m, n]``.
+
+        ``shared`` are the rule's states of rows and matrices, to be changed in place; ``p`` the parameters
+        if they are read.
+        """
         ...
 
 
@@ -109,18 +125,24 @@ class MatrixBucket(Bucket):
         super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
         for launch in further:
             launch.set_gradients(updates)
+        self._shared = [_adopt(members, name) for name, _ in self.whole_rule.shared]
 
     def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
         """For each launch ``g_scale`` and the rule's scalars."""
         rule, scale = self.whole_rule, row_tools.row(self.whole_rule, hyper, step, g_scale)[0]
-        named = dict(zip(rule.scalars, rule.row(hyper, step), strict=True))
         moments = rule.row({**hyper, "lr": -1.0, "weight_decay": 0.0}, step)
-        decoupled = hyper.get("decoupled_weight_decay", False)
-        decay = hyper["lr"] * hyper["weight_decay"] if decoupled else named.get("decay", 0.0)
-        add = 1.0, 0.0, hyper["lr"], decay
+        decay = self._decay(hyper, step)
+        add = (1.0, 0.0, 1.0, 0.0) if self.cut.reads_params() else (1.0, 0.0, hyper["lr"], decay)
         if len(self.launches()) == 2:
             return [(scale, *moments), add]
         return [(scale, 0.0, -1.0, 0.0), (1.0, *moments), add]
+
+    def _decay(self, hyper: Hyper, step: Any) -> Any:
+        """What decoupled weight decay takes from a parameter."""
+        if hyper.get("decoupled_weight_decay", False):
+            return hyper["lr"] * hyper["weight_decay"]
+        rule = self.whole_rule
+        return dict(zip(rule.scalars, rule.row(hyper, step), strict=True)).get("decay", 0.0)
 
     def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
         """Computes the scalars of the coming step, also those of the transformations."""
@@ -136,7 +158,7 @@ class MatrixBucket(Bucket):
         for group, step, _ in sources:
             hyper = row_tools.resolve(groups[group], self.device if self.steps_on_device else None)
             l2 = hyper["weight_decay"] if self._couples_l2 else 0.0
-            values.append((l2, *self.cut.scalars(hyper, step)))
+            values.append((l2, *self.cut.scalars(hyper, step, self._decay(hyper, step))))
         lengths = [length for *_, length in sources]
         self._scalars = [self._per_member(column, lengths) for column in zip(*values, strict=True)]
 
@@ -161,28 +183,48 @@ class MatrixBucket(Bucket):
             if self._couples_l2:
                 self._add_decay(l2)
             if self.cut.reads_gradients():
-                self._transform(self.cut.gradient, scalars)
+                self._transform(lambda g, each, *_: self.cut.gradient(g, each), scalars)
             self.driver.step(moments[0])
-        self._transform(self.cut.update, scalars)
+        params = self._values() if self.cut.reads_params() else None
+        self._transform(self.cut.update, scalars, params)
         self.driver.step(add)
+
+    def _values(self) -> Tensor:
+        """The parameters as the workspace has their updates."""
+        values = torch.empty_like(self._batch)
+        decode = DECODERS[self.members[0].key.param.name].decode
+        for planes, out in zip(self.own_planes, values, strict=True):
+            p = decode([flat(plane, planes[0]).flatten() for plane in planes])
+            target = flat(out, planes[0])
+            target.copy_(p.view(target.shape))
+        return values
 
     def _add_decay(self, l2: Any) -> None:
         """Weight decay as part of the gradients, which are in the workspace."""
-        decode = DECODERS[self.members[0].key.param.name].decode
-        for index, (planes, g) in enumerate(zip(self.own_planes, self._batch, strict=True)):
-            param = planes[0]
-            p = decode([flat(plane, param).flatten() for plane in planes])
-            g = flat(g, param)
-            g.add_(p.view(g.shape) * (l2[index] if isinstance(l2, Tensor) else l2))
+        strength = l2.view(-1, *[1] * (self._batch.ndim - 1)) if isinstance(l2, Tensor) else l2
+        self._batch.add_(self._values().mul_(strength))
 
-    def _transform(self, function: Callable[..., Tensor], scalars: Sequence[Any]) -> None:
-        for view in self.cut.matrices(self._batch):
-            batch = view.flatten(0, -3)
+    def _transform(
+        self, function: Callable[..., Tensor], scalars: Sequence[Any], params: Tensor | None = None
+    ) -> None:
+        """Calls ``function`` with all matrices of one shape and puts its result in their place."""
+        batches = [self._batch, *self._shared, *([] if params is None else [params])]
+        for view, *others in zip(*map(self.cut.matrices, batches), strict=True):
+            batch, *others = (tensor.flatten(0, -3) for tensor in (view, *others))
             repeats = len(batch) // len(view)
             each = [s.repeat_interleave(repeats) if isinstance(s, Tensor) else s for s in scalars]
-            result = function(batch, each)
+            p = None if params is None else others.pop()
+            result = function(batch, each, others, p)
             if result is not batch or batch.data_ptr() != view.data_ptr():
                 view.copy_(result.view(view.shape))
+
+
+def _adopt(members: Sequence[Member], name: str) -> Tensor:
+    """One tensor for a state of all members; each member's own becomes a view of it."""
+    together = torch.stack([member.state[name] for member in members])
+    for member, own in zip(members, together.unbind(), strict=True):
+        member.state[name] = own
+    return together
 
 
 def couples_l2(rule: Rule, hyper: Hyper) -> bool:

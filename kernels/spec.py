@@ -84,13 +84,25 @@ class Slot:
     signed: bool = True
 
 
+class Per(Enum):
+    """What has one entry of a state that is kept for whole rows or matrices, always in fp32."""
+
+    ROW = "row"
+    MATRIX = "matrix"
+
+    def shape(self, param: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the state: the parameter's with ones; beyond three dimensions, of ``[first, all others]``."""
+        outer = param[:-1] if len(param) <= 3 else param[:1]
+        return (*outer, 1) if self is Per.ROW else (*outer[:-1], 1, 1)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What an optimizer does to ``p, g`` and its states, given a row of scalars.
 
     ``row(hyper, step)`` returns the values of ``scalars`` in order. It uses only ``+ - * / **``, so
     that the same function prepares a row from Python floats on the host and from float64 tensors on
-    a device.
+    a device. ``shared`` are states of whole rows or matrices, which no kernel sees.
     """
 
     name: str
@@ -98,6 +110,7 @@ class Rule:
     scalars: tuple[str, ...]
     row: Callable[[Hyper, Any], tuple[Any, ...]]
     cut: Cut = Cut.NONE
+    shared: tuple[tuple[str, Per], ...] = ()
 
     @property
     def row_length(self) -> int:

@@ -1,0 +1,144 @@
+"""Hypersphere optimization: every matrix keeps its Frobenius norm, and a step is an angle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuts import (
+    WORKSPACE_BYTES,
+    ApplyTo,
+    WholeMatrices,
+    applies,
+    check_apply_to,
+    check_matrices,
+    check_shared,
+)
+from .kernels.spec import Hyper, Per
+
+RADII = ("fixed", "current")
+RADIUS = ("radius", Per.MATRIX)
+
+
+def check_radius(radius: Any) -> None:
+    """Checks the option ``radius``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if radius not in RADII:
+        raise ValueError(f"radius={radius!r} is unknown; allowed: {', '.join(map(repr, RADII))}")
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+
+
+def _column(value: Any) -> Any:
+    return value.double().view(-1, 1, 1) if isinstance(value, Tensor) else value
+
+
+def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | None, eps: float) -> Tensor:
+    """What to subtract from matrices ``p`` so that they move by ``lr`` of their norm against ``u``.
+
+    ``decay`` is what weight decay takes from them first; ``radius`` their norm, zero where it is not known
+    yet, None if it is to be measured. Norms are in float64, and what remains of ``p`` is a factor close to zero, so that nothing cancels.
+    """
+    lr, kept = _column(lr), 1 - _column(decay)
+    norm = _norm(p) * kept
+    start = torch.where(norm > 0, norm, float(p.shape[-2]) ** 0.5)
+    if radius is not None:
+        radius.copy_(torch.where(radius > 0, radius, start))
+        start = radius.double()
+    step = lr * start / _norm(u).clamp(min=eps)
+    inner = (p.double() * u).sum((-2, -1), keepdim=True)
+    after = (norm**2 - 2 * kept * step * inner + (step * _norm(u)) ** 2).clamp(min=0).sqrt()
+    # A matrix that the step would bring to zero stays where it is.
+    scale = torch.where(after > 0, start / after, 1.0)
+    return torch.addcmul(p * (1 - scale * kept).float(), u, (scale * step).float())
+
+
+@dataclass(frozen=True)
+class Hypersphere:
+    """Keeps every matrix on the sphere of its own Frobenius norm: an option of every optimizer.
+
+    With ``R`` the norm of a matrix ``p`` and ``u`` the optimizer's update without learning rate::
+
+        q = (1 - lr * weight_decay) * p - lr * R * u / |u|
+        p = R * q / |q|
+
+    so ``lr`` is the tangent of the angle by which a matrix turns, whatever its size. ``radius="fixed"``
+    remembers the norm of the first step (state ``radius``, fp32, one number per matrix); ``"current"``
+    takes it anew in every step, after weight decay, as the authors' code does. A matrix of zeros, which has
+    no direction to keep, is sent to the sphere of radius ``sqrt(rows)`` by its first update. A zero update
+    changes nothing.
+
+    Args:
+        radius: ``"fixed"`` or ``"current"``.
+        apply_to: ``"matrices"`` (two dimensions and more), name patterns or a predicate of name and
+            parameter; leave embeddings out.
+        eps: smallest norm of an update that is divided by.
+        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone.
+
+    Raises:
+        ValueError: a value out of range.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> from fused_optim.spectral import Hypersphere
+        >>> weight = torch.nn.Parameter(torch.eye(4))
+        >>> optimizer = fused_optim.Lion([weight], lr=0.1, weight_decay=0.0, spectral=Hypersphere())
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> round(weight.norm().item(), 5)
+        2.0
+
+    Source:
+        Rethinking Language Model Scaling under Transferable Hypersphere Optimization, arXiv 2603.28743.
+    """
+
+    radius: str = "fixed"
+    apply_to: ApplyTo = "matrices"
+    eps: float = 1e-8
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def __post_init__(self) -> None:
+        check_radius(self.radius)
+        check_apply_to(self.apply_to)
+        if not self.eps > 0:
+            raise ValueError(f"eps={self.eps} must be positive")
+        check_shared({}, self.workspace_bytes)
+
+    def cut(self, name: str, own_name: str, param: Tensor) -> _OnSphere | None:
+        """What becomes of a parameter's matrices; None for parameters that are left alone."""
+        if not applies(self.apply_to, own_name, param):
+            return None
+        check_matrices(name, param, ())
+        return _OnSphere((), self.workspace_bytes, self.radius == "fixed", self.eps)
+
+
+@dataclass(frozen=True)
+class _OnSphere(WholeMatrices):
+    """The transformation of :class:`Hypersphere`."""
+
+    fixed: bool = True
+    eps: float = 1e-8
+
+    @property
+    def shared(self) -> tuple[tuple[str, Per], ...]:
+        return (RADIUS,) if self.fixed else ()
+
+    def reads_params(self) -> bool:
+        return True
+
+    def scalars(self, hyper: Hyper, step: Any, decay: Any) -> tuple[Any, ...]:
+        return hyper["lr"], decay
+
+    def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
+        assert p is not None
+        return along_sphere(u, p, *scalars, shared[-1] if self.fixed else None, self.eps)

@@ -45,8 +45,9 @@ def _column(value: Any) -> Any:
 def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | None, eps: float) -> Tensor:
     """What to subtract from matrices ``p`` so that they move by ``lr`` of their norm against ``u``.
 
-    ``decay`` is what weight decay takes from them first; ``radius`` their norm, zero where it is not known
-    yet, None if it is to be measured. Norms are in float64, and what remains of ``p`` is a factor close to zero, so that nothing cancels.
+    ``decay`` is what weight decay takes from them first. ``radius`` is their norm, zero where it is not
+    known yet, None if it is to be measured. Norms are in float64, and what is left of ``p`` is multiplied by
+    a number close to zero, so that nothing cancels.
     """
     lr, kept = _column(lr), 1 - _column(decay)
     norm = _norm(p) * kept

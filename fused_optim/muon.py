@@ -20,7 +20,7 @@ from .kernels.spec import Hyper, Per, Rule
 from .newton_schulz import SCALES, triples
 from .optimizer import FusedOptimizer
 from .options import Options
-from .spectral import orthogonalize
+from .matrix_functions import orthogonalize
 
 NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
 """Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""

@@ -22,7 +22,7 @@ from .cuts import (
     rows_of_parts,
 )
 from .kernels.spec import Hyper
-from .spectral import soft_clip
+from .matrix_functions import soft_clip
 
 
 def _cos(x: Any) -> Any:

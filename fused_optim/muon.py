@@ -17,10 +17,10 @@ from .hypersphere import RADIUS, along_sphere
 from .kernels.matrix import MatrixCut
 from .kernels.rules import MUON, RULES
 from .kernels.spec import Hyper, Per, Rule
+from .matrix_functions import orthogonalize
 from .newton_schulz import SCALES, triples
 from .optimizer import FusedOptimizer
 from .options import Options
-from .matrix_functions import orthogonalize
 
 NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
 """Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""

@@ -18,6 +18,7 @@ struct InBlocks {
   static constexpr int planes = 2;
   static constexpr bool lookup = false;
   static constexpr bool random = false;
+  static constexpr bool write_only = false;
   // Whether the scale has the sign of the value of largest magnitude, so that this value is exact.
   static constexpr bool signed_scale = false;
 };

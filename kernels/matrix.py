@@ -180,10 +180,10 @@ class MatrixBucket(Bucket):
         *moments, add = self._further
         l2, *scalars = self._scalars
         if moments:
-            if self._couples_l2:
-                self._add_decay(l2)
             if self.cut.reads_gradients():
                 self._transform(lambda g, each, *_: self.cut.gradient(g, each), scalars)
+            if self._couples_l2:
+                self._add_decay(l2)
             self.driver.step(moments[0])
         params = self._values() if self.cut.reads_params() else None
         self._transform(self.cut.update, scalars, params)

@@ -6,11 +6,11 @@ the maximum of the uncorrected second moment, and the decoupled decay is multipl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Array = np.ndarray
+from tests.oracles.matrices import Array, unchanged
 
 
 def adam(
@@ -23,6 +23,8 @@ def adam(
     weight_decay: float = 0.0,
     amsgrad: bool = False,
     maximize: bool = False,
+    clip: Callable[[Array], Array] = unchanged,
+    update: Callable[[Array], Array] = unchanged,
     decoupled_weight_decay: bool = False,
 ) -> dict[str, Array]:
     """Parameter and moments after all gradients; a step whose gradient is None does not count."""
@@ -35,7 +37,7 @@ def adam(
             continue
         t += 1
         alpha = real(lr if isinstance(lr, float) else lr[i])
-        gradient = -given if maximize else given
+        gradient = clip(-given if maximize else given)
         if decoupled_weight_decay:
             theta = theta * (1 - alpha * real(weight_decay))
         else:
@@ -45,6 +47,6 @@ def adam(
         largest = np.maximum(largest, second)
         first_hat = first / (1 - beta1**t)
         second_hat = (largest if amsgrad else second) / (1 - beta2**t)
-        theta = theta - alpha * first_hat / (np.sqrt(second_hat) + real(eps))
+        theta = theta - alpha * update(first_hat / (np.sqrt(second_hat) + real(eps)))
     moments = {"exp_avg": first, "exp_avg_sq": second}
     return {"param": theta, **moments, **({"max_exp_avg_sq": largest} if amsgrad else {})}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Array = np.ndarray
+from tests.oracles.matrices import Array, unchanged
 
 
 def lion(
@@ -17,6 +17,8 @@ def lion(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     maximize: bool = False,
+    clip: Callable[[Array], Array] = unchanged,
+    update: Callable[[Array], Array] = unchanged,
 ) -> dict[str, Array]:
     """Parameter and momentum after all gradients; the sign of NaN is 0, as torch.sign has it on a CPU."""
     real = theta.dtype.type
@@ -26,9 +28,9 @@ def lion(
         if given is None:
             continue
         eta = real(lr if isinstance(lr, float) else lr[i])
-        gradient = -given if maximize else given
+        gradient = clip(-given if maximize else given)
         theta = theta * (1 - eta * real(weight_decay))
         direction = np.sign(beta1 * momentum + (1 - beta1) * gradient)
-        theta = theta - eta * np.nan_to_num(direction)
+        theta = theta - eta * update(np.nan_to_num(direction))
         momentum = beta2 * momentum + (1 - beta2) * gradient
     return {"param": theta, "exp_avg": momentum}

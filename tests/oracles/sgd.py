@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Array = np.ndarray
+from tests.oracles.matrices import Array, unchanged
 
 
 def sgd(
@@ -19,6 +19,8 @@ def sgd(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    clip: Callable[[Array], Array] = unchanged,
+    update: Callable[[Array], Array] = unchanged,
 ) -> dict[str, Array]:
     """Parameter and momentum buffer after all gradients."""
     real = theta.dtype.type
@@ -28,12 +30,12 @@ def sgd(
         if given is None:
             continue
         gamma = real(lr if isinstance(lr, float) else lr[i])
-        gradient = (-given if maximize else given) + real(weight_decay) * theta
+        gradient = clip(-given if maximize else given) + real(weight_decay) * theta
         if momentum == 0:
-            theta = theta - gamma * gradient
+            theta = theta - gamma * update(gradient)
             continue
         buffer = gradient if buffer is None else mu * buffer + (1 - tau) * gradient
-        theta = theta - gamma * (gradient + mu * buffer if nesterov else buffer)
+        theta = theta - gamma * update(gradient + mu * buffer if nesterov else buffer)
     state = (
         {} if momentum == 0 else {"momentum_buffer": buffer if buffer is not None else np.zeros_like(theta)}
     )

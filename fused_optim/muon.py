@@ -35,6 +35,7 @@ class Orthogonalize(WholeMatrices):
     coefficients: Any = "jordan"
     steps: int = 5
     scale: str = "original"
+    dtype: torch.dtype | None = None
     normalizes_rows: bool = False
     radius: str | None = None
 
@@ -55,7 +56,7 @@ class Orthogonalize(WholeMatrices):
     def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
         """Orthogonal matrices in place of updates."""
         beta2, lr, decay = scalars
-        u = orthogonalize(u, self.coefficients, self.steps)
+        u = orthogonalize(u, self.coefficients, self.steps, dtype=self.dtype)
         if self.normalizes_rows:
             u = _normalize_rows(u, beta2, shared[0])
         if self.radius is None:
@@ -118,6 +119,8 @@ class Muon(FusedOptimizer):
         adjust_lr_fn: the factor for the shape, see above.
         maximize: ascend instead of descend.
         capturable: step counts live on the device, so that a CUDA graph may capture ``step()``.
+        ns_dtype: of the matrices in the iterations: ``torch.float32``, ``torch.float16``, or
+            ``torch.bfloat16``, which ``None`` stands for.
         beta2: decay of the average of squares that every row of ``O`` is divided by (NorMuon), see
             :class:`fused_optim.NorMuon`; ``None`` for none.
         radius: ``"fixed"`` or ``"current"`` keeps the norm of every matrix (MuonH), see
@@ -150,12 +153,12 @@ class Muon(FusedOptimizer):
     """
 
     _unknown_to_torch = frozenset(
-        {"step", "maximize", "capturable", "betas", "decoupled_weight_decay", "beta2", "radius"}
+        {"step", "maximize", "capturable", "betas", "decoupled_weight_decay", "beta2", "radius", "ns_dtype"}
         | {"algorithm", "split", "workspace_bytes"}
     )
     _planned_options = (
         *("algorithm", "ns_coefficients", "ns_steps", "adjust_lr_fn", "split", "workspace_bytes"),
-        *("beta2", "radius"),
+        *("ns_dtype", "beta2", "radius"),
     )
 
     def __init__(
@@ -172,6 +175,7 @@ class Muon(FusedOptimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        ns_dtype: torch.dtype | None = None,
         beta2: float | None = None,
         radius: Literal["fixed", "current"] | None = None,
         others: Literal["adamw", "lion"] | None = None,
@@ -207,6 +211,7 @@ class Muon(FusedOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "maximize": maximize,
             "capturable": capturable,
+            "ns_dtype": ns_dtype,
             "beta2": beta2,
             "radius": radius,
             "betas": (0.9, 0.95),
@@ -278,6 +283,7 @@ class Muon(FusedOptimizer):
             coefficients,
             group["ns_steps"],
             scale,
+            group["ns_dtype"],
             normalizes_rows=group["beta2"] is not None,
             radius=group["radius"],
         )

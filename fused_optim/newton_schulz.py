@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from .cuts import check_shared
 from .hypersphere import check_radius
 from .kernels.spectral.coefficients import schedule
@@ -38,6 +40,11 @@ def check_newton_schulz(group: Mapping[str, Any]) -> None:
     if isinstance(steps, int) and steps >= 100:
         raise ValueError(f"Number of steps must be less than 100 for computational efficiency, got {steps}")
     schedule(coefficients if isinstance(coefficients, str) else triples(coefficients), steps)
+    if group["ns_dtype"] not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"ns_dtype={group['ns_dtype']!r} is not possible; allowed: None, torch.float32, torch.bfloat16, "
+            "torch.float16"
+        )
     beta2 = group["beta2"]
     if beta2 is not None and not 0.0 <= beta2 < 1.0:
         raise ValueError(f"Invalid beta2: {beta2}; it must be in [0, 1), or None")

@@ -112,7 +112,7 @@ def representative_cases() -> list[Case]:
 def main_cases() -> list[Case]:
     """What people train with: everything in one format, or narrow parameters with fp32 states."""
     storages = [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
-    storages += [("fp32", "int8"), ("bf16_split8", "int8_companded"), ("bf16_sr", "int4")]
+    storages += [("fp32", "int8"), ("bf16_split8", "int8_companded"), ("bf16_sr", "int4"), ("blank", "fp32")]
     without_states = {param: (param, state) for param, state in reversed(storages)}.values()
     return [
         Case(rule, CODECS[param], plain(CODECS[param]), states_of(rule, [state] * len(rule.slots)))

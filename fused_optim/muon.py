@@ -225,6 +225,8 @@ class Muon(FusedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, with ``others`` in a group for each algorithm unless the group names its own.
 
+        Options of the group hold for both; its ``lr`` for Muon only.
+
         Raises:
             ValueError: an option out of range, or a parameter that its algorithm cannot update.
             TypeError: a value or a tensor of a type that no rule updates.
@@ -233,12 +235,14 @@ class Muon(FusedOptimizer):
         if whole or isinstance(param_group["params"], set):
             super().add_param_group(param_group)
             return
-        count, parts = len(self.param_groups), self._sorted(param_group["params"])
+        count, (hidden, rest) = len(self.param_groups), self._sorted(param_group["params"])
+        own = {key: value for key, value in param_group.items() if key != "lr"}
+        others: dict[str, Any] = {**(self._others or {}), **own}
         try:
-            for options, params in zip(({"algorithm": "muon"}, self._others), parts, strict=True):
-                if params:
-                    assert options is not None
-                    super().add_param_group({**param_group, **options, "params": params})
+            if hidden:
+                super().add_param_group({**param_group, "algorithm": "muon", "params": hidden})
+            if rest:
+                super().add_param_group({**others, "params": rest})
         except (TypeError, ValueError, RuntimeError):
             del self.param_groups[count:]
             raise

@@ -109,6 +109,8 @@ def test_activations_grow_with_the_batch() -> None:
         ("fused_optim", 10, signal.SIGINT, ("--optimizer", "sgd", "--weight-decay", "0.01")),
         ("fused_optim", 5, signal.SIGINT, ("--optimizer", "lion", "--storage", "fp32+bf16")),
         ("fused_optim", 5, signal.SIGINT, ("--storage", "sr+int4", "--clip-grad-norm", "none")),
+        ("fused_optim", 5, signal.SIGINT, ("--optimizer", "muon", "--compare", "none")),
+        ("fused_optim", 5, signal.SIGINT, ("--spectral-clip", "0.5", "--compare", "none")),
     ],
 )
 def test_resuming_is_bit_exact(
@@ -260,6 +262,8 @@ def test_a_file_is_split_by_position(tmp_path: Path) -> None:
         (["--backend", "cuda", "--device", "cpu"], "backend='cuda' cannot run here"),
         (["--clip-grad-norm", "much"], "invalid number (or none) value: 'much'"),
         (["--torch-dtype", "fp16"], "torch cannot clip loss-scaled fp16 gradients"),
+        (["--spectral-clip", "0"], "--spectral-clip must be above 0 and finite"),
+        (["--optimizer", "muon", "--spectral-clip", "1"], "--spectral-clip does not go with muon"),
         (["--device", "tpu"], "is not a device"),
         (["--device", "meta"], "is not supported"),
         (["--out", "{folder}/done"], "holds a run already"),

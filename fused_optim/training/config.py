@@ -40,6 +40,7 @@ class PretrainConfig:
     weight_decay: float
     betas: list[float] | None
     momentum: float | None
+    spectral_clip: float | None
     storage: str
     torch_dtype: str
     backend: str
@@ -92,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         add(f"--{name}", type=int, metavar="N", help=what)
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", choices=OPTIMIZERS, help="default: adamw")
+    add("--optimizer", choices=OPTIMIZERS, help="default: adamw; muon stands beside AdamW of torch")
     add(
         "--storage",
         metavar="PARAM+STATES",
@@ -104,7 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="peak learning rate (default: the preset's, scaled for the optimizer)")
     add("--weight-decay", type=float, help="of matrices other than the token embedding")
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="adamw, adam, lion")
-    add("--momentum", type=float, help="sgd")
+    add("--momentum", type=float, help="sgd, muon")
+    add(
+        "--spectral-clip",
+        type=_norm_or_none,
+        metavar="C",
+        help="largest singular value of an update, such as 10 (SPECTRA; adamw, adam, lion, sgd)",
+    )
     add("--clip-grad-norm", type=_norm_or_none, metavar="NORM", help="a number or none (default: 1.0)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, metavar="N")
@@ -188,6 +195,7 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
         "betas": None,
         "momentum": None,
         pair.moments: pair.default_moments,
+        "spectral_clip": None,
         "storage": "split8+int8",
         "torch_dtype": "fp32",
         "backend": "auto",
@@ -246,6 +254,12 @@ def _check(config: PretrainConfig) -> None:
         Storage.parse(config.storage)
     except ValueError as error:
         raise UsageError(f"--storage: {error}") from None
+    clip = config.spectral_clip
+    _require(clip is None or 0 < clip < math.inf, f"--spectral-clip must be above 0 and finite, got {clip}")
+    _require(
+        clip is None or config.optimizer != "muon",
+        "--spectral-clip does not go with muon, whose updates are orthogonal already",
+    )
     theirs = OPTIMIZERS[config.optimizer].theirs
     _require(
         config.compare == "none" or theirs is not None,

@@ -21,7 +21,14 @@ from ..master import set_full_precision
 from ..optimizer import FusedOptimizer
 from .config import PretrainConfig
 from .data import Corpus, UsageError, training_batch, validation_batches
-from .model import DTYPES, activation_bytes, build_model, next_byte_loss, stored_bytes
+from .model import (
+    DTYPES,
+    activation_bytes,
+    build_model,
+    next_byte_loss,
+    spectral_norms,
+    stored_bytes,
+)
 from .optimizers import build_optimizer, build_schedule, label, param_dtype
 
 _BAR_WINDOW = 20
@@ -39,6 +46,7 @@ class Record:
     step_seconds: list[float] = field(default_factory=list)
     optimizer_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
+    spectral_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Interrupt(AbstractContextManager["Interrupt"]):
@@ -153,6 +161,7 @@ class Trainer:
         if interrupt.signal is not None and self.step < config.steps:
             save(self)
             return False
+        self.record.spectral_norms = spectral_norms(self.model)
         return True
 
     def _train_step(self) -> None:

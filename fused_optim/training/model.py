@@ -105,6 +105,15 @@ def stored_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     }
 
 
+def spectral_norms(model: nn.Module) -> dict[str, float]:
+    """The largest singular value of every matrix."""
+    return {
+        name: torch.linalg.matrix_norm(p.detach().float(), 2).item()
+        for name, p in model.named_parameters()
+        if p.ndim == 2
+    }
+
+
 def activation_bytes(model: nn.Module, tokens: Tensor) -> int:
     """Bytes that a forward pass keeps for its backward pass, without the parameters themselves."""
     own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,17 @@ from torch import nn
 import fused_optim
 
 from ..kernels.codecs import CODECS, OF_DTYPE
+from ..spectral import SpectralClip
 from .model import decay_groups
 from .planner import Storage
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Our class, torch's, and what suits the rule; ``lr_factor`` multiplies the preset's lr for AdamW."""
+    """Our class, what torch has to compare it with, and what suits the rule.
+
+    ``lr_factor`` multiplies the preset's lr for AdamW; ``options`` are for our class only.
+    """
 
     ours: Callable[..., torch.optim.Optimizer]
     theirs: Callable[..., torch.optim.Optimizer] | None
@@ -26,20 +30,27 @@ class Pair:
     default_moments: Any
     lr_factor: float
     weight_decay: float
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_MUON = {"others": "adamw", "adjust_lr_fn": "match_rms_adamw", "ns_coefficients": "polar_express"}
 OPTIMIZERS = {
     "adamw": Pair(fused_optim.AdamW, torch.optim.AdamW, "betas", [0.9, 0.95], 1.0, 0.1),
     "adam": Pair(fused_optim.Adam, torch.optim.Adam, "betas", [0.9, 0.95], 1.0, 0.0),
     "lion": Pair(fused_optim.Lion, None, "betas", [0.9, 0.98], 0.2, 0.5),
     "sgd": Pair(fused_optim.SGD, torch.optim.SGD, "momentum", 0.9, 100.0, 0.0),
+    "muon": Pair(fused_optim.Muon, torch.optim.AdamW, "momentum", 0.95, 1.0, 0.1, _MUON),
 }
-"""Lion's sign makes its updates larger than Adam's: a fifth of the lr, five times the decay."""
+"""Lion's sign makes its updates larger than Adam's: a fifth of the lr, five times the decay. Muon stands
+beside AdamW, whose lr and decay suit it with ``match_rms_adamw``."""
 
 
 def label(contender: str, config: Any) -> str:
     """How a contender is called in tables and figures."""
-    name = getattr(OPTIMIZERS[config.optimizer].ours, "__name__", config.optimizer)
+    pair = OPTIMIZERS[config.optimizer]
+    name = getattr(pair.theirs if contender == "torch" else pair.ours, "__name__", config.optimizer)
+    if contender != "torch" and config.spectral_clip is not None:
+        name = f"{name} clip={config.spectral_clip:g}"
     return f"{contender} {name} {config.torch_dtype if contender == 'torch' else config.storage}"
 
 
@@ -57,11 +68,19 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     """
     pair = OPTIMIZERS[config.optimizer]
     groups = decay_groups(model, config.weight_decay)
-    moments = {"betas": tuple(config.betas)} if config.betas else {"momentum": config.momentum}
+    moments: dict[str, Any] = {"betas": tuple(config.betas)} if config.betas else {}
+    if config.betas is None:
+        moments = {"momentum": config.momentum}
     if contender == "torch":
         assert pair.theirs is not None
+        if pair.theirs is torch.optim.AdamW and config.betas is None:
+            moments = {"betas": tuple(OPTIMIZERS["adamw"].default_moments)}
         return pair.theirs(groups, lr=config.lr, fused=True, **moments)
-    storage = Storage.parse(config.storage)
+    storage, options = Storage.parse(config.storage), dict(pair.options)
+    if "others" in options:
+        options["others_lr"] = config.lr
+    if config.spectral_clip is not None:
+        options["spectral"] = SpectralClip(post=config.spectral_clip)
     return pair.ours(
         groups,
         lr=config.lr,
@@ -71,6 +90,7 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
         backend=config.backend,
         seed=config.seed,
         **moments,
+        **options,
     )
 
 

@@ -67,6 +67,7 @@ def summarize(record: Record, config: PretrainConfig) -> dict[str, Any]:
         "optimizer_share_of_step": optimizer / step,
         "bytes_per_parameter": {part: record.memory[part] / record.elements for part in _PARTS},
         "activation_bytes": record.memory["activations"],
+        "mean_spectral_norm": fmean(record.spectral_norms.values()),
     }
 
 
@@ -92,6 +93,7 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
         "of step",
         "bytes/parameter",
         "activations",
+        "spectral norm",
     ]
     rows = [head]
     for name, row in summaries.items():
@@ -105,6 +107,7 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
             f"{100 * row['optimizer_share_of_step']:.1f} %",
             " + ".join(f"{parts[part]:.3g}" for part in _PARTS) + f" = {sum(parts.values()):.3g}",
             f"{row['activation_bytes'] / 2**20:.1f} MiB",
+            f"{row['mean_spectral_norm']:.2f}",
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

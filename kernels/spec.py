@@ -52,6 +52,7 @@ class Codec:
         lookup: name of the constant table (kernels/lookup.py) that kernels need beside the planes.
         unsigned: the codec that takes its place for states that are never negative.
         random: whether encoding rounds stochastically.
+        signed_scale: whether a block's scale has the sign of its largest magnitude.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Codec:
     lookup: str | None = None
     unsigned: str | None = None
     random: bool = False
+    signed_scale: bool = False
 
     @property
     def bytes_per_value(self) -> float:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from . import states, storage
+from .kernels.layout import memory_order
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_group
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-_OWN_KEY = "fused_optim"
-_FORMAT = 1
+OWN_KEY = "fused_optim"
+FORMAT = 1
 
 
 def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
     Blocks that share a scale cannot be cut anew for another number of ranks, so a DTensor's are decoded;
     loading encodes them again.
     """
-    places = dict(enumerate(optimizer._parameters()))
+    places = _places(optimizer)
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
         sharded = index in places and storage.is_dtensor(places[index][2])
@@ -38,8 +39,13 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         {key: value for key, value in group.items() if key != "spectral" and not callable(value)}
         for group in state_dict["param_groups"]
     ]
-    own = {"format": _FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}
-    return {**state_dict, "state": state, "param_groups": groups, _OWN_KEY: own}
+    own = {"format": FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}
+    return {**state_dict, "state": state, "param_groups": groups, OWN_KEY: own}
+
+
+def _places(optimizer: FusedOptimizer) -> dict[int, tuple[int, int, Tensor]]:
+    """Group, position in it and parameter by the number that a state dict gives it."""
+    return dict(enumerate(optimizer._parameters()))
 
 
 def _orders(optimizer: FusedOptimizer) -> dict[int, list[int]]:
@@ -48,15 +54,11 @@ def _orders(optimizer: FusedOptimizer) -> dict[int, list[int]]:
     Blocks of values that share a scale run through memory.
     """
     orders: dict[int, list[int]] = {}
-    for index, (_, _, param) in enumerate(optimizer._parameters()):
-        order = _memory_order(param)
+    for index, (_, _, param) in _places(optimizer).items():
+        order = memory_order(param)
         if order != list(range(param.ndim)):
             orders[index] = order
     return orders
-
-
-def _memory_order(param: Tensor) -> list[int]:
-    return sorted(range(param.ndim), key=param.stride, reverse=True)
 
 
 def _without_blocks(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def pack_portable(
         {key: value for key, value in group.items() if key not in OPTION_DEFAULTS and key not in unknown}
         for group in state_dict["param_groups"]
     ]
-    places = {index: place for index, place in enumerate(optimizer._parameters())}
+    places = _places(optimizer)
     state = {
         index: _portable(optimizer, *places[index], unknown) if index in places else entry
         for index, entry in state_dict["state"].items()
@@ -113,10 +115,10 @@ def unpack(
     Raises:
         ValueError: it belongs to another model, optimizer or codec, or to a later format.
     """
-    own = state_dict.get(_OWN_KEY)
-    if own is not None and own["format"] > _FORMAT:
+    own = state_dict.get(OWN_KEY)
+    if own is not None and own["format"] > FORMAT:
         raise ValueError(
-            f"the state dict has format {own['format']}, this fused_optim reads up to {_FORMAT}: update it"
+            f"the state dict has format {own['format']}, this fused_optim reads up to {FORMAT}: update it"
         )
     saved_groups = deepcopy(state_dict["param_groups"])
     live_groups = optimizer.param_groups
@@ -151,7 +153,7 @@ def unpack(
         param = live_groups[group]["params"][position]
         saved_group = saved_groups[group] if own is not None else None
         order = None if own is None else own.get("memory_order", {}).get(key, list(range(param.ndim)))
-        moved = order if order != _memory_order(param) else None
+        moved = order if order != memory_order(param) else None
         state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, moved)
     skipped = own["skipped_steps"] if own is not None else 0
     return groups, state, torch.tensor(skipped) if skipped else None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import states
-from .kernels.codecs import for_slot
+from .checkpoint import FORMAT, OWN_KEY
+from .kernels.codecs import CODECS, for_slot
 from .kernels.lookup import dynamic_map
 from .kernels.reference.blocks import BLOCK_CODECS
 from .kernels.spec import Slot
@@ -69,8 +70,8 @@ def from_bitsandbytes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) 
         group, position, _ = places[index]
         slots = optimizer._rule(live[group]).slots
         state[index] = _from_entry(optimizer._name(group, position), entry, slots)
-    own = {"format": 1, "skipped_steps": 0, "memory_order": {}}
-    return {"state": state, "param_groups": groups, "fused_optim": own}
+    own = {"format": FORMAT, "skipped_steps": 0, "memory_order": {}}
+    return {"state": state, "param_groups": groups, OWN_KEY: own}
 
 
 def _from_entry(name: str, entry: Mapping[str, Any], slots: tuple[Slot, ...]) -> dict[str, Any]:
@@ -89,10 +90,11 @@ def _from_entry(name: str, entry: Mapping[str, Any], slots: tuple[Slot, ...]) ->
         if not torch.equal(flat[f"qmap{number}"].cpu().float(), expected):
             raise ValueError(f"state{number} of {name} has another map than the dynamic one of 8 bits")
         scales = flat[f"absmax{number}"]
-        if len(scales) != -(-codes.numel() // 256):
+        block = CODECS["int8"].block
+        if len(scales) != -(-codes.numel() // block):
             raise ValueError(
                 f"state{number} of {name} has {len(scales)} blocks for {codes.numel()} values; only blocks "
-                "of 256 fit (bitsandbytes 0.44 or later): load it there and save it anew"
+                f"of {block} fit (bitsandbytes 0.44 or later): load it there and save it anew"
             )
         result[slot.name + ".scale"] = scales
     return result

@@ -6,16 +6,22 @@ import torch
 from torch import Tensor
 
 from . import states
+from .kernels.plan import Key
 from .kernels.spec import Codec
 from .optimizer import FusedOptimizer
-from .storage import complete_state
+from .storage import complete_state, plain_codec
 
 
-def _codec(optimizer: FusedOptimizer, param: Tensor, name: str) -> Codec:
+def _key(optimizer: FusedOptimizer, param: Tensor) -> Key:
+    """The rule and the codecs of one of an optimizer's parameters."""
     place = next(((g, i) for g, i, p in optimizer._parameters() if p is param), None)
     if place is None:
         raise ValueError("the tensor is not a parameter of this optimizer; pass the parameter itself")
-    key = optimizer._key(*place, param)
+    return optimizer._key(*place, param)
+
+
+def _codec(optimizer: FusedOptimizer, param: Tensor, name: str) -> Codec:
+    key = _key(optimizer, param)
     codecs = {"param": key.param}
     codecs |= {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
     if name not in codecs:
@@ -50,7 +56,7 @@ def full_precision(optimizer: FusedOptimizer, param: Tensor, name: str = "param"
     codec = _codec(optimizer, param, name)
     planes = {**optimizer.state.get(param, {}), "param": param}
     if name == "param" and any("param" + plane.suffix not in planes for plane in codec.planes):
-        return states.decode(param, planes, name, states.plain_codec(param))
+        return states.decode(param, planes, name, plain_codec(param))
     if name not in planes:
         raise ValueError(f"the parameter has no {name!r} yet; it comes with the first step")
     return states.decode(param, planes, name, codec)
@@ -79,14 +85,12 @@ def set_full_precision(optimizer: FusedOptimizer, param: Tensor, values: Tensor)
         >>> round(fused_optim.full_precision(optimizer, weight)[0].item(), 6)
         0.1
     """
-    codec = _codec(optimizer, param, "param")
+    key = _key(optimizer, param)
     if values.shape != param.shape:
         raise ValueError(f"values of shape {tuple(values.shape)} for a parameter of {tuple(param.shape)}")
-    planes = states.encode(param, values, "param", codec)
+    planes = states.encode(param, values, "param", key.param)
     param.copy_(planes.pop("param"))
     if planes:
-        group, position = next((g, i) for g, i, p in optimizer._parameters() if p is param)
-        key = optimizer._key(group, position, param)
         complete_state(optimizer.state[param], param, key.rule, key.param, key.states)
         for name, plane in planes.items():
             optimizer.state[param][name].copy_(plane)

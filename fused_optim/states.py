@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.codecs import CODECS, OF_DTYPE
 from .kernels.layout import flat
 from .kernels.reference.codecs import CODECS as REFERENCE
 from .kernels.reference.philox import Stream
 from .kernels.spec import Codec, Plane, Rule
-from .storage import complete_state, empty_plane, local_view, plain_codec, plane_shape
+from .storage import complete_state, empty_plane, local_view, plane_shape, value_codec
 
 _NO_STREAM = Stream(0, 0, 0, 0)
 
@@ -34,7 +33,7 @@ def decode(
     order = home if order is None else order
     planes = [flat(local_view(state[key + plane.suffix]), order).flatten() for plane in codec.planes]
     values = REFERENCE[codec.name].decode(planes)[: home.numel()]
-    out = empty_plane(param, CODECS[OF_DTYPE[codec.compute]].planes[0])
+    out = empty_plane(param, value_codec(param).planes[0])
     target = flat(local_view(out), order)
     target.copy_(values.view(target.shape))
     return out
@@ -43,7 +42,7 @@ def decode(
 def encode(param: Tensor, value: Tensor, key: str, codec: Codec) -> dict[str, Tensor]:
     """A state's planes for values of any float dtype and strides; nothing is aliased."""
     home = local_view(param)
-    dense = empty_plane(param, CODECS[OF_DTYPE[codec.compute]].planes[0]).copy_(value)
+    dense = empty_plane(param, value_codec(param).planes[0]).copy_(value)
     encoded = REFERENCE[codec.name].encode(flat(local_view(dense), home).flatten(), _NO_STREAM)
     state: dict[str, Tensor] = {}
     for plane, values in zip(codec.planes, encoded, strict=True):
@@ -121,7 +120,7 @@ def _sources(entry: Mapping[str, Any], param: Tensor, rule: Rule, saved: Stored 
     """How each slot was saved: as planes of a codec (``keep_fp32`` may have overruled it), or as values."""
     if saved is None:
         return [None] * len(rule.slots)
-    plain = CODECS["fp64" if plain_codec(param).name == "fp64" else "fp32"]
+    plain = value_codec(param)
     pairs = zip(rule.slots, saved.states, strict=True)
     return [
         next((c for c in (codec, plain) if _is_stored_as(entry, slot.name, c)), None) for slot, codec in pairs
@@ -170,12 +169,6 @@ def load(
             f"{now.param.name!r}; construct it with the same param_codec, or save with "
             "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
         )
-    for slot, source in zip(rule.slots, sources, strict=True):
-        if saved is not None and source is None:
-            raise ValueError(
-                f"the state dict does not hold {slot.name!r} of {name} as its own options say (names and "
-                "dtypes of codes and scales): it is damaged"
-            )
     state: dict[str, Any] = {}
     if entry.get("step") is not None:
         state["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().reshape(()).clone()
@@ -189,6 +182,11 @@ def load(
             )
         state[key] = entry[key].detach().to(param.device, torch.float32, copy=True)
     for slot, source, codec in zip(rule.slots, sources, now.states, strict=True):
+        if saved is not None and source is None:
+            raise ValueError(
+                f"the state dict does not hold {slot.name!r} of {name} as its own options say (names and "
+                "dtypes of codes and scales): it is damaged"
+            )
         if source is codec and (dims is None or codec.block == 1):
             state |= _copy(name, entry, param, slot.name, codec.planes)
             continue

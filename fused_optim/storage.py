@@ -47,6 +47,11 @@ def plain_codec(tensor: Tensor) -> Codec:
     return codec
 
 
+def value_codec(tensor: Tensor) -> Codec:
+    """The codec of its values in full precision: of states by default, and of what is decoded."""
+    return CODECS[OF_DTYPE[plain_codec(tensor).compute]]
+
+
 def check_parameter(name: str, param: Tensor) -> None:
     """Refuses tensors that no kernel can update.
 
@@ -149,17 +154,17 @@ def state_codecs(
         wanted = [given.get(slot, "auto") for slot in names]
     else:
         wanted = [given] * len(names)
-    default = "fp64" if plain_codec(param).name == "fp64" else "fp32"
+    default = value_codec(param)
     full = keeps_full_precision(own_name, param, group["keep_fp32"])
     chosen: list[Codec] = []
     for slot, codec in zip(rule.slots, wanted, strict=True):
-        if codec not in ("auto", default) and (param.is_complex() or "fp64" in (codec, default)):
+        if codec not in ("auto", default.name) and (param.is_complex() or "fp64" in (codec, default.name)):
             raise ValueError(
                 f"state_codec={codec!r} for {slot.name} of {name} ({param.dtype}): "
-                f"such parameters keep their states in {default}; use 'auto'"
+                f"such parameters keep their states in {default.name}; use 'auto'"
             )
         exempt = codec == "auto" or (full and CODECS[codec].block > 1)
-        chosen.append(CODECS[default] if exempt else for_slot(codec, slot.signed))
+        chosen.append(default if exempt else for_slot(codec, slot.signed))
     return tuple(chosen)
 
 

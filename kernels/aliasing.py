@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import memory_order
+from .layout import walked
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -19,7 +19,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     (True, False)
     """
     extent = 1
-    for dim in reversed(memory_order(tensor)):
+    for dim in reversed(walked(tensor)):
         if tensor.stride(dim) < extent:
             return tensor.numel() > 0
         extent += (tensor.shape[dim] - 1) * tensor.stride(dim)

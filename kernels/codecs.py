@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .spec import Codec, Plane
 
 _BF16, _FP16 = Plane("", "bfloat16", 16), Plane("", "float16", 16)
@@ -13,13 +15,13 @@ def _blocks(
     block: int,
     scale: str,
     error: float,
-    unsigned: str = "",
-    lookup: str | None = None,
+    unsigned: str | None = None,
+    **further: Any,
 ) -> Codec:
     """Codes of 8 or 4 bits, and one scale for each ``block`` of neighbouring values."""
     bits = {"float32": 32, "bfloat16": 16}[scale]
     planes = codes, Plane(".scale", scale, bits, block)
-    return Codec(name, planes, relative_error=error, block=block, lookup=lookup, unsigned=unsigned or None)
+    return Codec(name, planes, relative_error=error, block=block, unsigned=unsigned, **further)
 
 
 _BYTE, _SIGNED_BYTE, _TWO_CODES = Plane("", "uint8", 8), Plane("", "int8", 8), Plane("", "uint8", 8, 2)
@@ -37,13 +39,13 @@ CODECS: dict[str, Codec] = {
         Codec("fp16_kahan", (_FP16, Plane(".compensation", "float16", 16)), relative_error=2.0**-23),
         Codec("bf16_split8", (_BF16, Plane(".lo", "int8", 8)), relative_error=2.0**-16),
         Codec("bf16_split16", (_BF16, Plane(".lo", "int16", 16))),
-        _blocks("int8", _BYTE, 256, "float32", 0.0071, "int8_unsigned", "dynamic_signed"),
+        _blocks("int8", _BYTE, 256, "float32", 0.0071, "int8_unsigned", lookup="dynamic_signed"),
         _blocks("int8_unsigned", _BYTE, 256, "float32", 0.0036, lookup="dynamic_unsigned"),
         _blocks("int8_companded", _SIGNED_BYTE, 64, "bfloat16", 0.01, "int8_companded_unsigned"),
         _blocks("int8_companded_unsigned", _BYTE, 64, "bfloat16", 0.006),
         _blocks("fp8", _BYTE, 256, "float32", 0.036, "fp8_unsigned"),
         _blocks("fp8_unsigned", _BYTE, 256, "float32", 0.036),
-        _blocks("int4", _TWO_CODES, 128, "float32", 0.12, "int4_unsigned"),
+        _blocks("int4", _TWO_CODES, 128, "float32", 0.12, "int4_unsigned", signed_scale=True),
         _blocks("int4_unsigned", _TWO_CODES, 128, "float32", 0.12),
     )
 }

@@ -30,16 +30,20 @@ class Layout(NamedTuple):
 
 
 def memory_order(tensor: Tensor) -> list[int]:
-    """Dimensions of more than one element, largest stride first."""
-    dims = [dim for dim, size in enumerate(tensor.shape) if size != 1]
-    return sorted(dims, key=tensor.stride, reverse=True)
+    """All dimensions, largest stride first."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+
+
+def walked(tensor: Tensor) -> list[int]:
+    """The dimensions that a walk through memory takes steps along: those of more than one element."""
+    return [dim for dim in memory_order(tensor) if tensor.shape[dim] != 1]
 
 
 def layout_of(param: Tensor, grad: Tensor) -> Layout:
     """Merges every pair of dimensions that parameter and gradient both walk without a gap."""
     sizes: list[int] = []
     strides: list[tuple[int, int]] = []
-    for dim in memory_order(param):
+    for dim in walked(param):
         size, stride = param.shape[dim], (param.stride(dim), grad.stride(dim))
         if sizes and strides[-1] == (stride[0] * size, stride[1] * size):
             sizes[-1] *= size
@@ -57,7 +61,7 @@ def follows(state: Tensor, param: Tensor) -> bool:
     if state.numel() == 0:
         return True
     expected = 1
-    for dim in reversed(memory_order(param)):
+    for dim in reversed(walked(param)):
         if state.stride(dim) != expected:
             return False
         expected *= state.shape[dim]
@@ -71,4 +75,4 @@ def flat(plane: Tensor, param: Tensor) -> Tensor:
     """
     if plane.shape != param.shape:
         return plane
-    return plane.permute(sorted(range(param.ndim), key=param.stride, reverse=True))
+    return plane.permute(memory_order(param))

@@ -53,6 +53,7 @@ class Codec:
         unsigned: the codec that takes its place for states that are never negative.
         random: whether encoding rounds stochastically.
         write_only: whether decoding gives zeros without a look at memory.
+        signed_scale: whether a block's scale has the sign of its largest magnitude.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Codec:
     unsigned: str | None = None
     random: bool = False
     write_only: bool = False
+    signed_scale: bool = False
 
     @property
     def bytes_per_value(self) -> float:

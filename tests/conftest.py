@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,60 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def _quicken_the_interpreter() -> None:
+    """Patches Triton's language once a launch, as its interpreter does, but not again at every call in it.
+
+    To look through all of the language at each call of a jitted function takes most of a launch's time.
+    """
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch_lang = interpreter._patch_lang
+
+    def patch_unless_patched(fn: Any) -> Any:
+        langs = [lang for lang in fn.__globals__.values() if lang is tl or lang is tl.core]
+        if langs and not any(tl.core.is_builtin(lang.load) for lang in langs):
+            return None
+        return patch_lang(fn)
+
+    interpreter._patch_lang = patch_unless_patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _quicken_the_interpreter()
+
+
+BUILDERS = {"test_cuda.py", "test_learning.py", "test_packaging.py", "test_triton_static.py"}
+"""What their first test compiles or learns serves all others."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadgroup``: a builder's tests go to one worker, all others in portions to whoever is free.
+
+    pytest 9.2 has no ``Item._nodeid``, in which pytest-xdist 3.8 keeps the names of its groups: without this
+    every worker builds.
+    """
+    if config.option.dist != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Portions(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            portion = f"{name.partition('[')[0]} {zlib.crc32(name.encode()) % 8}"
+            return file if Path(file).name in BUILDERS else f"{file}::{portion}"
+
+    # In the order of collection: builders first.
+    config.option.loadscopereorder = False
+    return Portions(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none; nothing else is ever skipped from here."""
+    items.sort(key=lambda item: item.path.name not in BUILDERS)
     if HAS_GPU:
         return
     no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU that torch can see")
@@ -33,3 +87,9 @@ def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else max(2, threads))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(_seeded: None) -> None:
+    """Two threads on a shared machine wait for each other longer than they compute."""
+    torch.set_num_threads(1)

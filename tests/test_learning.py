@@ -43,7 +43,6 @@ def _validation_loss(storage: str, optimizer: str = "adamw") -> float:
     return trainer.record.validation[-1][1]
 
 
-@pytest.mark.xdist_group("learning")
 @pytest.mark.parametrize("storage", GAPS)
 def test_storage_learns_like_fp32(storage: str) -> None:
     reference, loss = _validation_loss("fp32"), _validation_loss(storage)

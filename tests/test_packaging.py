@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from email.parser import HeaderParser
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +18,6 @@ import fused_optim
 ROOT = Path(__file__).resolve().parents[1]
 # Fails the build at once if its back end, or anything it starts, imports torch.
 NO_TORCH = "raise ImportError('the build must not import torch')"
-
-
-def needs_wheel(test: Callable[..., None]) -> Callable[..., None]:
-    """Compiling takes a while: once, on one of pytest-xdist's workers."""
-    return pytest.mark.slow(pytest.mark.xdist_group("wheel")(test))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def _sources(folder: str, package: str) -> set[str]:
     return {f"{package}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
 
 
-@needs_wheel
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """In particular no top-level ``kernels``: that name belongs to another project."""
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -57,12 +51,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     assert files == expected | {"fused_optim/lib/libfused_optim_cpu.so"}
 
 
-@needs_wheel
+@pytest.mark.slow
 def test_wheel_fits_every_python_and_torch(wheel: zipfile.ZipFile) -> None:
     assert re.fullmatch(r".*-py3-none-(linux|manylinux)\w*\.whl", str(wheel.filename))
 
 
-@needs_wheel
+@pytest.mark.slow
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     dist_info = f"fused_optim-{fused_optim.__version__}.dist-info"
     entries = HeaderParser().parsestr(wheel.read(f"{dist_info}/METADATA").decode())
@@ -72,7 +66,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert sorted(required) == ["numpy", "torch>=2.8"]
 
 
-@needs_wheel
+@pytest.mark.slow
 def test_installed_wheel_has_no_top_level_kernels(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = (

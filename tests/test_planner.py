@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from fused_optim.training.planner import CARDS, DEFAULT_STORAGES
 from fused_optim.training.presets import PRESETS
 from tests import cases
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = {
     "embedding.weight": (61, 83),
     "below": (4095,),
@@ -30,15 +31,6 @@ SHAPES = {
     "scalar": (),
     "empty": (0, 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads on a shared machine wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class _AnyRule(FusedOptimizer):

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,9 @@ from fused_optim.training import data, figure, model, optimizers, pretrain, repo
 from fused_optim.training.config import PretrainConfig, parse, resolve
 from fused_optim.training.loop import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--hidden", "32", "--layers", "1", "--heads", "2", "--sequence-length", "32", "--batch-size", "4"]
 TINY_RUN = [*SMALL, "--steps", "10", "--eval-every", "4", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads on a shared machine wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

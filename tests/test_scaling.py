@@ -57,6 +57,25 @@ def _assert_same(
         assert_same_bits(new, old)
 
 
+def _pair(
+    name: str,
+    target: Target,
+    dtype: torch.dtype = torch.float32,
+    both: dict[str, Any] | None = None,
+    **own: Any,
+) -> tuple[FusedOptimizer, list[Parameter], FusedOptimizer, list[Parameter]]:
+    """An optimizer with options of its own and one without to compare with, each with its parameters."""
+    optimizer_class, options = CLASSES[name]
+    options = {**options, "backend": target.backend, "arithmetic": "exact", **(both or {})}
+    params, plain_params = _params(target.device, dtype), _params(target.device, dtype)
+    return (
+        optimizer_class(params, **options, **own),
+        params,
+        optimizer_class(plain_params, **options),
+        plain_params,
+    )
+
+
 def _scaler(device: str = "cpu", scale: float = 1024.0, interval: int = 3) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device, init_scale=scale, growth_interval=interval)
 
@@ -79,10 +98,7 @@ def _scaled_step(
 @pytest.mark.parametrize("target", [cases.REFERENCE, *cases.TARGETS])
 def test_grad_scaler(name: str, target: Target) -> None:
     """Scales are powers of two, so that a scaled run has the bits of an unscaled one."""
-    optimizer_class, options = CLASSES[name]
-    options = {**options, "backend": target.backend, "arithmetic": "exact"}
-    params, plain_params = _params(target.device), _params(target.device)
-    optimizer, plain = optimizer_class(params, **options), optimizer_class(plain_params, **options)
+    optimizer, params, plain, plain_params = _pair(name, target)
     scaler = _scaler(target.device)
     scales = []
     for step in range(8):
@@ -108,10 +124,7 @@ def test_grad_scaler(name: str, target: Target) -> None:
 @pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
 def test_the_first_step_is_skipped(name: str, target: Target) -> None:
     """torch's fused SGD leaves its momentum uninitialised memory then (LibreYOLO PR 771)."""
-    optimizer_class, options = CLASSES[name]
-    options = {**options, "backend": target.backend, "arithmetic": "exact"}
-    params, plain_params = _params(target.device), _params(target.device)
-    optimizer, plain = optimizer_class(params, **options), optimizer_class(plain_params, **options)
+    optimizer, params, plain, plain_params = _pair(name, target)
     scaler, before = _scaler(target.device), [p.detach().clone() for p in params]
     for _ in range(2):
         _scaled_step(scaler, optimizer, params, 0, bad=INF)
@@ -197,11 +210,7 @@ CLIP = {torch.float32: {"rtol": 1e-6, "atol": 1e-6}, torch.bfloat16: {"rtol": 2*
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "SGD-momentum"])
 @pytest.mark.parametrize("target", [cases.REFERENCE, *cases.TARGETS])
 def test_clipping_equals_torch_s(name: str, max_norm: float, dtype: torch.dtype, target: Target) -> None:
-    optimizer_class, options = CLASSES[name]
-    options = {**options, "backend": target.backend, "arithmetic": "exact"}
-    params, plain_params = _params(target.device, dtype), _params(target.device, dtype)
-    optimizer = optimizer_class(params, **options, clip_grad_norm=max_norm)
-    plain = optimizer_class(plain_params, **options)
+    optimizer, params, plain, plain_params = _pair(name, target, dtype, clip_grad_norm=max_norm)
     for step in range(3):
         _set(params, _gradients(step))
         _set(plain_params, _gradients(step))
@@ -260,11 +269,7 @@ def test_squares_outside_of_float32(magnitude: float, target: Target) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("target", [cases.REFERENCE, *cases.TARGETS])
 def test_skip_nonfinite(name: str, value: float, target: Target) -> None:
-    optimizer_class, options = CLASSES[name]
-    options = {**options, "backend": target.backend, "arithmetic": "exact"}
-    params, plain_params = _params(target.device), _params(target.device)
-    optimizer = optimizer_class(params, **options, skip_nonfinite=True)
-    plain = optimizer_class(plain_params, **options)
+    optimizer, params, plain, plain_params = _pair(name, target, skip_nonfinite=True)
     assert optimizer.skipped_steps == 0
     for step in range(4):
         _set(params, _gradients(step))
@@ -325,11 +330,8 @@ def test_one_skipping_group_skips_all() -> None:
 @pytest.mark.parametrize("target", [cases.REFERENCE, *cases.TARGETS])
 def test_scaling_clipping_and_skipping_together(name: str, target: Target) -> None:
     """The norm is that of the unscaled gradients; a skipped step is counted once, whoever found it."""
-    optimizer_class, options = CLASSES[name]
-    options = {**options, "backend": target.backend, "arithmetic": "exact", "clip_grad_norm": 0.5}
-    params, plain_params = _params(target.device), _params(target.device)
-    optimizer = optimizer_class(params, **options, skip_nonfinite=True)
-    plain = optimizer_class(plain_params, **options)
+    clipped = {"clip_grad_norm": 0.5}
+    optimizer, params, plain, plain_params = _pair(name, target, both=clipped, skip_nonfinite=True)
     scaler = _scaler(target.device)
     for step in range(6):
         before = _frozen(optimizer, params)

@@ -131,8 +131,8 @@ def test_weights_in_full_precision(codec: str, error: float) -> None:
     for _ in range(2):
         stored = full_precision(optimizer, param)
         assert ((stored - values).abs() <= error * values.abs()).all()
-        assert_same_bits(param.detach().float(), param.detach().float())
         optimizer.step()
+        assert_same_bits(full_precision(optimizer, param), stored)
     with pytest.raises(ValueError, match="'exp_avgs' is not kept by AdamW; allowed: param, exp_avg"):
         full_precision(optimizer, param, "exp_avgs")
     with pytest.raises(ValueError, match="not a parameter of this optimizer"):

@@ -25,8 +25,6 @@ from fused_optim.kernels.triton.budget import (
 )
 
 pytest.importorskip("triton")
-# One worker compiles for all tests of this file.
-pytestmark = pytest.mark.xdist_group("triton_static")
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,13 +19,12 @@ _INFINITY, _SMALLEST_NORMAL = 0x7F800000, 0x00800000
 class BlockCodec:
     """``value`` of a code and nearest ``code`` of a value, both in units of the block's scale.
 
-    Codes are int32 tensors. ``signed_scale``: the scale has the sign of the largest magnitude.
+    Codes are int32 tensors.
     """
 
     name: str
     value: Callable[[Tensor], Tensor]
     code: Callable[[Tensor], Tensor]
-    signed_scale: bool = False
 
     def decode(self, planes: Sequence[Tensor]) -> Tensor:
         """The values of flat planes."""
@@ -60,7 +59,7 @@ class BlockCodec:
         top = bits.amax(1)
         largest = torch.where(top < _SMALLEST_NORMAL, 0, top).view(torch.float32)
         largest = torch.where(top > _INFINITY, torch.nan, largest)
-        if not self.signed_scale:
+        if not CODECS[self.name].signed_scale:
             return largest
         positive = ((bits == top.unsqueeze(1)) & (blocks.view(torch.int32) >= 0)).any(1)
         return torch.where(positive, largest, -largest)
@@ -131,6 +130,10 @@ _FOUR_BITS = torch.tensor(SIGNED_FOUR_BITS, dtype=torch.float32)
 _FOUR_BIT_MIDDLES = (_FOUR_BITS[1:] + _FOUR_BITS[:-1]) / 2
 
 
+def _four_bit_value(code: Tensor) -> Tensor:
+    return _FOUR_BITS.to(code.device)[code]
+
+
 def _fourth_power_value(code: Tensor) -> Tensor:
     square = (code + 1) * (code + 1)
     return (square * square).float() / 65536.0
@@ -150,12 +153,7 @@ BLOCK_CODECS: dict[str, BlockCodec] = {
         BlockCodec("int8_companded_unsigned", _square_value, _root_code),
         BlockCodec("fp8", _e4m3_value, _e4m3_code),
         BlockCodec("fp8_unsigned", _e4m3_value, _e4m3_unsigned_code),
-        BlockCodec(
-            "int4",
-            lambda code: _FOUR_BITS.to(code.device)[code],
-            lambda n: _nearest(_FOUR_BIT_MIDDLES, n),
-            signed_scale=True,
-        ),
+        BlockCodec("int4", _four_bit_value, lambda n: _nearest(_FOUR_BIT_MIDDLES, n)),
         BlockCodec("int4_unsigned", _fourth_power_value, _fourth_root_code),
     )
 }

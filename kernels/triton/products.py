@@ -7,6 +7,7 @@ accumulate in fp32 and round once; fp32 goes through the tensor cores as three p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from .product_shapes import (
     BAND,
     Shape,
+    boxes,
     has_boxes,
     rectangle,
     rectangular_shape,
@@ -90,25 +92,29 @@ def _box(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, rows, columns])
 
 
-def _addresses(x: Tensor) -> Any:
-    return (x, *x.stride())
+def _operands(tensors: Sequence[Tensor | None], shape: Shape, boxed: bool) -> tuple[Any, ...]:
+    """P, Q, D and the result as the kernels take them: descriptors of boxes, or addresses and strides."""
+    return tuple(
+        None if x is None else _box(x, *size) if boxed else (x, *x.stride())
+        for x, size in zip(tensors, boxes(shape).values(), strict=True)
+    )
 
 
-def _constants(shape: Shape, boxes: bool, x: Tensor) -> dict[str, Any]:
-    """Compile-time arguments and options that the kernels share."""
-    constants = {"SIDE": shape.side, "DEPTH": shape.depth, "BAND": BAND, "BOXES": boxes}
-    options = {"num_warps": shape.warps, "num_stages": shape.stages}
-    precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    return constants | {"PRECISION": precision} | options
+def constants(shape: Shape, boxed: bool, bits: int) -> dict[str, Any]:
+    """Compile-time arguments that both kernels have; ``bits`` of an element."""
+    precision = "tf32x3" if bits == 32 else "tf32"
+    return {"SIDE": shape.side, "DEPTH": shape.depth, "BAND": BAND, "BOXES": boxed, "PRECISION": precision}
 
 
-def _launch(kernel: Any, programs: int, arguments: Any, constants: dict[str, Any], out: Tensor) -> None:
+def _launch(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], shape: Shape, flags: dict[str, Any], out: Tensor
+) -> None:
     if out.device.type == "cpu":
         with np.errstate(all="ignore"):
-            kernel[(programs,)](*arguments, **constants)
+            kernel[(programs,)](*arguments, **flags)
     else:
         with torch.cuda.device(out.device):
-            kernel[(programs,)](*arguments, **constants)
+            kernel[(programs,)](*arguments, **flags, num_warps=shape.warps, num_stages=shape.stages)
 
 
 def _check(out: Tensor, shape: torch.Size, *inputs: Tensor) -> None:
@@ -125,22 +131,16 @@ def _symmetric(P: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tens
     _check(out, torch.Size((*P.shape[:-1], P.shape[-2])), P)
     if out.numel() == 0:
         return
-    capability, processors = _machine(out.device)
-    x, d, y = _matrices(P), None if D is None else _matrices(D), _matrices(out)
-    batches, m, k = x.shape
-    shape = symmetric_shape(batches, m, 8 * x.itemsize, capability, processors)
+    p, d, y = _matrices(P), None if D is None else _matrices(D), _matrices(out)
     # Both are symmetric: lay them out by rows.
     d, y = d.mT if d is not None and _swapped(d) else d, y.mT if _swapped(y) else y
-    boxes = has_boxes(capability) and all(_is_boxed(t) for t in (x, d, y) if t is not None)
-    side, depth = shape.side, shape.depth
-    if boxes:
-        add = None if d is None else _box(d, side, side)
-        operands = (_box(x, side, depth), _box(x, 2 * side, depth), add, _box(y, side, side))
-    else:
-        operands = (_addresses(x), _addresses(x), None if d is None else _addresses(d), _addresses(y))
-    constants = _constants(shape, boxes, x) | {"ADD": d is not None, "SWAPPED": boxes and _swapped(x)}
-    programs = batches * sum(triangle(m, side))
-    _launch(product_kernels.symmetric, programs, (*operands, batches, m, k, alpha, beta), constants, out)
+    (batches, m, k), bits = p.shape, 8 * p.itemsize
+    capability, processors = _machine(out.device)
+    shape = symmetric_shape(batches, m, bits, capability, processors)
+    boxed = has_boxes(capability) and all(_is_boxed(t) for t in (p, d, y) if t is not None)
+    flags = {**constants(shape, boxed, bits), "ADD": d is not None, "SWAPPED": boxed and _swapped(p)}
+    arguments = (*_operands((p, p, d, y), shape, boxed), batches, m, k, alpha, beta)
+    _launch(product_kernels.symmetric, batches * sum(triangle(m, shape.side)), arguments, shape, flags, out)
 
 
 def _rectangular(X: Tensor, B: Tensor, a: float, out: Tensor) -> None:
@@ -150,21 +150,17 @@ def _rectangular(X: Tensor, B: Tensor, a: float, out: Tensor) -> None:
     _check(out, X.shape, X, B)
     if out.numel() == 0:
         return
-    capability, processors = _machine(out.device)
     x, b, y = map(_matrices, (X, B, out))
     b = b.mT if _swapped(b) else b
-    d, p, q = x, b, x.mT
+    p, q, d = b, x.mT, x
     if _swapped(y):
-        d, p, q, y = x.mT, x.mT, b, y.mT
-    batches, m, n = y.shape
-    shape = rectangular_shape(batches, m, n, 8 * x.itemsize, capability, processors)
-    boxes = has_boxes(capability) and all(map(_is_boxed, (p, q, d, y)))
-    side, depth = shape.side, shape.depth
-    sizes = ((p, side, depth), (q, 2 * side, depth), (d, side, side), (y, side, side))
-    operands = tuple(_box(*size) if boxes else _addresses(size[0]) for size in sizes)
-    names = ("P_SWAPPED", "Q_SWAPPED", "D_SWAPPED")
-    constants = _constants(shape, boxes, x)
-    constants |= {name: boxes and _swapped(t) for name, t in zip(names, (p, q, d), strict=True)}
-    programs = batches * rectangle(m, n, side)
-    arguments = (*operands, batches, m, n, p.shape[-1], 1.0, a)
-    _launch(product_kernels.rectangular, programs, arguments, constants, out)
+        p, q, d, y = x.mT, b, x.mT, y.mT
+    (batches, m, n), bits = y.shape, 8 * y.itemsize
+    capability, processors = _machine(out.device)
+    shape = rectangular_shape(batches, m, n, bits, capability, processors)
+    boxed = has_boxes(capability) and all(map(_is_boxed, (p, q, d, y)))
+    flags = constants(shape, boxed, bits)
+    for name, operand in (("P_SWAPPED", p), ("Q_SWAPPED", q), ("D_SWAPPED", d)):
+        flags[name] = boxed and _swapped(operand)
+    arguments = (*_operands((p, q, d, y), shape, boxed), batches, m, n, p.shape[-1], 1.0, a)
+    _launch(product_kernels.rectangular, batches * rectangle(m, n, shape.side), arguments, shape, flags, out)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import states
-from .kernels.plan import Key
+from .kernels.launch import Key
 from .kernels.spec import Codec
 from .optimizer import FusedOptimizer
 from .storage import complete_state, plain_codec

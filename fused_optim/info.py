@@ -112,7 +112,7 @@ def catalogue() -> str:
     """
     header = ("codec", "bytes", "error", "planes", *RULES)
     rows: list[tuple[str, ...]] = []
-    for codec in CODECS.values():
+    for codec in (codec for codec in CODECS.values() if not codec.write_only):
         error = f"{codec.relative_error:.1g}" if codec.relative_error else "0"
         planes = ", ".join(plane.dtype for plane in codec.planes)
         states = [f"{len(rule.slots) * codec.bytes_per_value:.4g}" for rule in RULES.values()]

@@ -168,8 +168,11 @@ class MatrixBucket(Bucket):
             return values[0]
         if not self.steps_on_device:
             return torch.tensor([values[row] for row in self.row_indices], device=self.device)
+        # torch.full and not torch.tensor, which would copy from the host: not while a graph is captured.
         parts = [
-            torch.as_tensor(value, dtype=torch.float32, device=self.device).expand(length)
+            value.float().expand(length)
+            if isinstance(value, Tensor)
+            else torch.full((length,), value, device=self.device)
             for value, length in zip(values, lengths, strict=True)
         ]
         return torch.cat(parts)
@@ -186,7 +189,11 @@ class MatrixBucket(Bucket):
                 self._add_decay(l2)
             self.driver.step(moments[0])
         params = self._values() if self.cut.reads_params() else None
+        before = [shared.clone() for shared in self._shared]
         self._transform(self.cut.update, scalars, params)
+        if isinstance(active := self._control.active, Tensor):
+            for shared, old in zip(self._shared, before, strict=True):
+                shared.copy_(torch.where(active, shared, old))
         self.driver.step(add)
 
     def _values(self) -> Tensor:

@@ -60,7 +60,8 @@ def test_info_shows_one_openmp_runtime() -> None:
 def test_list_gives_the_bytes_of_the_catalogues(capsys: pytest.CaptureFixture[str]) -> None:
     lines = _printed(capsys, "list").splitlines()
     rows = {cells[0]: cells[1:] for cells in map(str.split, lines)}
-    for codec in CODECS.values():
+    assert "blank" not in rows
+    for codec in (codec for codec in CODECS.values() if not codec.write_only):
         shown = rows[codec.name]
         assert float(shown[0]) == pytest.approx(codec.bytes_per_value, rel=1e-3)
         for rule, cell in zip(RULES.values(), shown[-len(RULES) :], strict=True):

@@ -335,67 +335,24 @@ def test_resuming_gives_the_same_bits(spectral: Any) -> None:
             assert_same_bits(theirs.state[q][key], value, key)
 
 
-SCHEDULES = {
-    "constant": [10.0, 10.0, 10.0],
-    "linear": [10.0, 6.0, 2.0],
-    "sqrt": [10.0, 2 + 8 * (1 - 0.5**0.5), 2.0],
-    "cosine": [10.0, 6.0, 2.0],
-    "square": [10.0, 2 + 8 * 0.75, 2.0],
-}
-
-
-@pytest.mark.parametrize("decay", SCHEDULES)
-def test_schedules(decay: str) -> None:
-    schedule = ClipSchedule(4, 0.1, 100, decay, decay_fraction=0.2, final_scale=0.2)
-    for kind in (float, partial(torch.tensor, dtype=torch.float64)):
-        values = [float(schedule(10.0, kind(0.1), kind(float(step)))) for step in (81, 91, 101)]
-        assert values == pytest.approx(SCHEDULES[decay])
-        warm = [float(schedule(10.0, kind(lr), kind(float(step)))) for lr, step in ((0.01, 1), (0.05, 4))]
-        assert warm == pytest.approx([100.0, 20.0])
-        assert float(schedule(10.0, kind(0.05), kind(5.0))) == pytest.approx(10.0)
-
-
-WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "post": (lambda: SpectralClip(post=0.0), ValueError, "post=0.0 must be positive"),
-    "pre": (lambda: SpectralClip(pre=-1.0), ValueError, "pre=-1.0"),
-    "inf": (lambda: SpectralClip(post=float("inf")), ValueError, "finite"),
-    "nothing": (lambda: SpectralClip(post=None), ValueError, "clips nothing"),
-    "text": (lambda: SpectralClip(post="10"), TypeError, "post must be a number"),  # pyright: ignore[reportArgumentType]
-    "schedule": (lambda: SpectralClip(schedule=3), TypeError, "ClipSchedule"),  # pyright: ignore[reportArgumentType]
-    "apply_to": (lambda: SpectralClip(apply_to=3), TypeError, "apply_to"),  # pyright: ignore[reportArgumentType]
-    "split": (lambda: SpectralClip(split={"a": 0}), ValueError, "at least one row"),
-    "workspace": (lambda: SpectralClip(workspace_bytes=0), ValueError, "workspace_bytes=0"),
-    "decay": (lambda: ClipSchedule(decay="cubic"), ValueError, "allowed: constant, linear"),
-    "total": (lambda: ClipSchedule(decay="linear"), ValueError, "total_steps"),
-    "peak": (lambda: ClipSchedule(warmup_steps=3), ValueError, "peak_lr"),
-    "fraction": (lambda: ClipSchedule(decay_fraction=0.0), ValueError, "decay_fraction"),
-    "radius": (lambda: Hypersphere("large"), ValueError, "'fixed', 'current'"),
-    "option": (
-        lambda: fused_optim.AdamW([torch.ones(2, 2)], spectral=10.0),  # pyright: ignore[reportArgumentType]
-        TypeError,
-        "SpectralClip or a Hypersphere",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_bad_options(name: str) -> None:
-    make, error, message = WRONG[name]
-    with pytest.raises(error, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("param", "message"),
-    [
-        (torch.zeros(4, 4, dtype=torch.float64), "float64"),
-        (torch.zeros(4, 4, dtype=torch.complex64), "complex64"),
-        (torch.zeros(3, 4, 2, 2).transpose(0, 1), "outermost"),
-        (torch.zeros(5, 4), "does not fit"),
-    ],
-    ids=["fp64", "complex", "conv", "split"],
-)
-def test_parameters_without_matrices(param: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
-        fused_optim.AdamW([("blocks.weight", param)], spectral=SpectralClip(split={"blocks.*": (2, 2)}))
-    assert "parameter 0 of group 0 ('blocks.weight')" in str(refused.value)
+@pytest.mark.parametrize("active", [True, False])
+def test_a_step_that_the_device_skips_keeps_states_of_rows_and_matrices(active: bool) -> None:
+    """The host does not know whether a step happens, so the matrices are computed all the same."""
+    params = [Parameter(torch.eye(6) * (i + 1)) for i in range(2)]
+    optimizer = fused_optim.Muon(params, lr=0.1, beta2=0.9, radius="fixed")
+    _set_gradients(params, 0)
+    (planned,) = optimizer._make_plan(False).buckets
+    bucket = MatrixBucket(planned.members[0].key, planned.members, True, torch.zeros(72))
+    for step, control in enumerate((Control([1.0], None), Control([1.0], torch.tensor(active)))):
+        _set_gradients(params, step)
+        before = [p.detach().clone() for p in params] + [
+            value.clone() for p in params for value in optimizer.state[p].values()
+        ]
+        assert bucket.collect()
+        bucket.prepare(optimizer.param_groups, control)
+        bucket.commit()
+        bucket.run()
+    after = [p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()]
+    changed = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+    # Of the states only the radius stays as it was in a step that happens.
+    assert sum(changed) == (len(changed) - 2 if active else 0)

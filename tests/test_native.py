@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 import fused_optim
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE
-from fused_optim.kernels.native import cpu
+from fused_optim.kernels.native import cpu, library
 from fused_optim.kernels.rules import RULES
 from tests import cases
 from tests.arena import Arena, Bed, assert_equal_beds
@@ -25,7 +25,25 @@ from tests.cases import Case, Target, assert_same_bits
 assert cpu.unavailable() is None, cpu.unavailable()
 
 REFERENCE, NATIVE = Target("reference", "cpu"), Target("native", "cpu")
-SIZES = (*range(71), 255, 256, 257, 4095, 4096, 4097)
+# Around every number of whole vectors up to an unrolled loop's, and all that are shorter than one.
+SIZES = (
+    *range(19),
+    *(16 * n + d for n in (2, 3, 4) for d in (-1, 0, 1)),
+    70,
+    255,
+    256,
+    257,
+    4095,
+    4096,
+    4097,
+)
+
+
+def test_every_rule_and_codec_is_compiled() -> None:
+    opened = library.load("cpu")
+    assert isinstance(opened, library.Library)
+    assert set(opened.rules) == set(RULES)
+    assert set(opened.codecs) == {name for name, codec in CODECS.items() if codec.compute == "float32"}
 
 
 @pytest.fixture(params=cpu.isas())

@@ -299,28 +299,6 @@ def test_inactive_rows_are_left_alone(target: Target) -> None:
             next(changed)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
-def test_square_sum(codec: str, target: Target) -> None:
-    bed = _bed("sgd", ("fp32", codec), target, [1, 17, 511, 513, 4096, 8193])
-    bed.step()
-    bucket = bed.bucket()
-    grads = [member.param.grad for member in bucket.members]
-    for seed, grad in enumerate(grads):
-        grad.copy_(normal(grad.numel(), grad.dtype, seed))
-    # Its square overflows fp32.
-    grads[-1][-1] = torch.finfo(grads[0].dtype).max
-    for _ in range(2):
-        total = driver.square_sum(bucket)
-        assert total.dtype == torch.float64
-        assert total.shape == ()
-        expected = sum(float(grad.double().square().sum()) for grad in grads)
-        assert float(total) == pytest.approx(expected, rel=1e-14)
-    for bad in (float("nan"), float("inf")):
-        grads[2][-1] = bad
-        assert not driver.square_sum(bucket).isfinite()
-
-
 def test_the_sum_of_squares_follows_strides() -> None:
     if driver.unavailable("cpu"):
         pytest.skip("Triton compiles for the GPU in this process")

@@ -146,6 +146,9 @@ def quick_jobs() -> list[Job]:
     jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1]), (False,), (90,))
     jobs += step_jobs(("adam",), CODED[1:2], (True,), (90,))
     jobs += step_jobs(("sgd_momentum",), CODED[4:-1], (False,), (90,))
+    # The first half of a step that is cut by whole matrices; the second one is sgd's.
+    halves = [("blank", "fp32", "fp32"), ("blank", "int8", "bf16")]
+    jobs += step_jobs(("adam", "lion"), halves, (True,), (90,))
     return jobs + [Job(None, (name,), True, False, 90) for name in FLOATS]
 
 

@@ -25,7 +25,7 @@ def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
     if callable(apply_to):
         return bool(apply_to(name, param))
     kinds = {"matrices": param.ndim >= 2, "all": param.ndim >= 1}
-    patterns = apply_to if isinstance(apply_to, list | tuple) else [apply_to]
+    patterns = [apply_to] if isinstance(apply_to, str) else apply_to
     return any(
         kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern)) for pattern in patterns
     )

@@ -142,4 +142,5 @@ class _OnSphere(WholeMatrices):
 
     def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
         assert p is not None
-        return along_sphere(u, p, *scalars, shared[-1] if self.fixed else None, self.eps)
+        lr, decay = scalars
+        return along_sphere(u, p, lr, decay, shared[-1] if self.fixed else None, self.eps)

@@ -34,9 +34,13 @@ def check_bound(c: float | Tensor, X: Tensor) -> None:
         if c.ndim > len(batch) or any(
             have not in (1, want) for have, want in zip(reversed(c.shape), reversed(batch), strict=False)
         ):
-            raise ValueError(f"c: got shape {tuple(c.shape)}; give one number, or one a matrix: {tuple(batch)}")
+            raise ValueError(
+                f"c: got shape {tuple(c.shape)}; give one number, or one a matrix: {tuple(batch)}"
+            )
         if c.device != X.device and c.ndim:
-            raise ValueError(f"c: got a tensor on {c.device} for X on {X.device}; move it with c.to(X.device)")
+            raise ValueError(
+                f"c: got a tensor on {c.device} for X on {X.device}; move it with c.to(X.device)"
+            )
     elif isinstance(c, bool) or not isinstance(c, (int, float)):
         raise TypeError(f"c: got {c!r}; give a positive number or a tensor of them")
     elif not c > 0:

@@ -169,7 +169,7 @@ def test_rows_made_on_a_device_equal_rows_made_on_the_host(rule: Rule, step: flo
         values = rows.row(rule, hyper, torch.tensor([step, step], dtype=torch.float64), g_scale)
         written = torch.full((2, rule.row_length), float("nan"))
         rows.write(written, values, torch.tensor(True))
-        expected = torch.tensor(rows.host_row(rule, rows.resolve(tensors), step, 0.3))
+        expected = torch.tensor(rows.host_row(rows.row(rule, rows.resolve(tensors), step, 0.3)))
         assert_same_bits(written, expected.float().expand(2, -1))
         rows.write(written, values, torch.tensor(False))
         assert written[:, 0].tolist() == [0.0, 0.0]

@@ -60,9 +60,14 @@ def rectangle(m: int, n: int, side: int) -> int:
     return -(-m // side) * -(-n // (2 * side))
 
 
-def _clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: int) -> float:
+def multiplied_per_clock(bits: int, capability: int) -> float:
+    """Multiplications of a processor's tensor cores."""
+    return _MULTIPLIED.get(capability // 10, 2048) * 16 / bits
+
+
+def clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: int) -> float:
     """A model of the clocks that tiles take for each column of depth, by what they wait for."""
-    multiplied = 2 * shape.side**2 / (_MULTIPLIED.get(capability // 10, 2048) * 16 / bits)
+    multiplied = 2 * shape.side**2 / multiplied_per_clock(bits, capability)
     # A small tile leaves gaps between its instructions.
     multiplied *= 1.0 if shape.side >= 128 else 1.25
     fetched = 3 * shape.side * bits / 8
@@ -72,7 +77,7 @@ def _clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: 
 
 def _choose(tiles: Callable[[int], float], bits: int, capability: int, processors: int) -> Shape:
     candidates = shapes(bits, capability)
-    return min(candidates, key=lambda s: _clocks(s, tiles(s.side), bits, capability, processors))
+    return min(candidates, key=lambda s: clocks(s, tiles(s.side), bits, capability, processors))
 
 
 def symmetric_shape(batches: int, m: int, bits: int, capability: int, processors: int) -> Shape:

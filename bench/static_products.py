@@ -209,8 +209,11 @@ def report(job: Job) -> Report:
 
 
 def run(jobs: list[Job], workers: int | None = None) -> list[Report]:
-    """Reports in the order of the jobs, compiled by several processes."""
-    with multiprocessing.get_context("spawn").Pool(workers or len(os.sched_getaffinity(0))) as pool:
+    """Reports in the order of the jobs, compiled by several processes or, if it is one, by this."""
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        return list(map(report, jobs))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
         return pool.map(report, jobs, chunksize=1)
 
 

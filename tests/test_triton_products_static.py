@@ -25,7 +25,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("static")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, "-m", "bench", "static_products", "--quick", "--out", str(folder / "out.json")]
+    options = ["--quick", "--workers", "1", "--out", str(folder / "out.json")]
+    command = [sys.executable, "-m", "bench", "static_products", *options]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "out.json").read_text())["kernels"]

@@ -16,7 +16,7 @@ class Shape(NamedTuple):
 
 
 BAND = 4
-"""Rows of squares that are walked together: 132 tiles at work then read about as little as they can."""
+"""Rows of squares, two tiles high, that are walked together: 132 tiles then share most of what they read."""
 
 
 def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -26,7 +26,7 @@ def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 _MULTIPLIED = {8: 1024, 9: 2048, 10: 4096, 12: 1024}
-"""16-bit products per clock and processor, by major compute capability."""
+"""16-bit products per clock and processor by major compute capability, of the data centre's GPUs."""
 
 _PORT_BYTES, _CACHE_BYTES = 64, 5120
 """Bytes per clock that reach a processor, and that the second-level cache of an A100 or H100 gives in all."""

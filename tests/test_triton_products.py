@@ -124,12 +124,12 @@ def test_every_part_of_a_triangle(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("machine", "dtype"), [(POINTERS, BF16), (BOXES, FP32)], ids=["pointers", "boxes"])
 def test_a_bad_matrix_spoils_no_other(
-    machine: Machine, target: Target, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, dtype: torch.dtype, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _pretend(machine, target, monkeypatch)
-    X, A = _normal((3, 24, 40), BF16, target), _normal((3, 24, 24), BF16, target)
+    X, A = _normal((3, 24, 40), dtype, target), _normal((3, 24, 24), dtype, target)
     A = (A + A.mT) / 2
     good = [products.gram(X), products.polynomial(A, 1.0, 1.0), products.multiply_add(X, A, 1.0)]
     X[1, -1, -1], A[1, 0, 0] = torch.nan, torch.inf
@@ -261,3 +261,28 @@ def test_offsets_beyond_32_bits(machine: Machine, monkeypatch: pytest.MonkeyPatc
         X = torch.empty(reach, dtype=BF16, device="cuda").as_strided(shape, strides)
         X.copy_(torch.randn(shape))
         _check(X)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_graph_replays_products(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("triton", "cuda")
+    _pretend(machine, target, monkeypatch)
+    X, S = _normal((2, 192, 320), BF16, target), torch.eye(192, dtype=BF16, device="cuda").repeat(2, 1, 1)
+
+    def iterate() -> Tensor:
+        return products.multiply_add(X, products.polynomial(products.gram(X), 0.5, -0.25), 2.0)
+
+    iterate()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = iterate()
+    X.copy_(_normal((2, 192, 320), BF16, target) / 16)
+    graph.replay()
+    expected = iterate()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        products.multiply_add(X, S, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(captured, expected)

@@ -201,7 +201,7 @@ def rectangular(
     rows, columns = tl.cdiv(m, SIDE), tl.cdiv(n, 2 * SIDE)
     index = tl.program_id(0)
     batch, index = index // (rows * columns), index % (rows * columns)
-    row, column = in_bands(index, rows, columns, BAND)
+    row, column = in_bands(index, rows, columns, 2 * BAND)
     row, column = row * SIDE, 2 * column * SIDE
     acc = _product(
         p, q, batch, row, column, m, n, k, SIDE, 2 * SIDE, DEPTH, BOXES, P_SWAPPED, Q_SWAPPED, PRECISION

@@ -16,7 +16,7 @@ class Shape(NamedTuple):
 
 
 BAND = 4
-"""Rows of squares that are walked together: 132 tiles at work then read about as little as they can."""
+"""Rows of squares, two tiles high, that are walked together: 132 tiles then share most of what they read."""
 
 
 def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
@@ -26,7 +26,7 @@ def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 _MULTIPLIED = {8: 1024, 9: 2048, 10: 4096, 12: 1024}
-"""16-bit products per clock and processor, by major compute capability."""
+"""16-bit products per clock and processor by major compute capability, of the data centre's GPUs."""
 
 _PORT_BYTES, _CACHE_BYTES = 64, 5120
 """Bytes per clock that reach a processor, and that the second-level cache of an A100 or H100 gives in all."""
@@ -60,9 +60,14 @@ def rectangle(m: int, n: int, side: int) -> int:
     return -(-m // side) * -(-n // (2 * side))
 
 
-def _clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: int) -> float:
+def multiplied_per_clock(bits: int, capability: int) -> float:
+    """Multiplications of a processor's tensor cores."""
+    return _MULTIPLIED.get(capability // 10, 2048) * 16 / bits
+
+
+def clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: int) -> float:
     """A model of the clocks that tiles take for each column of depth, by what they wait for."""
-    multiplied = 2 * shape.side**2 / (_MULTIPLIED.get(capability // 10, 2048) * 16 / bits)
+    multiplied = 2 * shape.side**2 / multiplied_per_clock(bits, capability)
     # A small tile leaves gaps between its instructions.
     multiplied *= 1.0 if shape.side >= 128 else 1.25
     fetched = 3 * shape.side * bits / 8
@@ -72,7 +77,7 @@ def _clocks(shape: Shape, tiles: float, bits: int, capability: int, processors: 
 
 def _choose(tiles: Callable[[int], float], bits: int, capability: int, processors: int) -> Shape:
     candidates = shapes(bits, capability)
-    return min(candidates, key=lambda s: _clocks(s, tiles(s.side), bits, capability, processors))
+    return min(candidates, key=lambda s: clocks(s, tiles(s.side), bits, capability, processors))
 
 
 def symmetric_shape(batches: int, m: int, bits: int, capability: int, processors: int) -> Shape:

@@ -1,0 +1,67 @@
+"""What the compiled kernels of the matrix products do, counted without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+# One worker compiles for all tests of this file.
+pytestmark = pytest.mark.xdist_group("triton_products_static")
+
+ROOT = Path(__file__).parents[1]
+TENSOR = {80: "mma.", 90: "wgmma.mma_async.", 100: "tcgen05.mma"}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Compiled in another process: this one may use the interpreter."""
+    folder = tmp_path_factory.mktemp("static")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    options = ["--quick", "--workers", "1", "--out", str(folder / "out.json")]
+    command = [sys.executable, "-m", "bench", "static_products", *options]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads((folder / "out.json").read_text())["kernels"]
+
+
+def _named(kernel: dict[str, Any]) -> str:
+    return " ".join(str(kernel[key]) for key in ("product", "dtype", "tile", "fed_by", "sm"))
+
+
+def test_tensor_cores_multiply_every_tile_once(kernels: list[dict[str, Any]]) -> None:
+    assert {k["sm"] for k in kernels} == {80, 90, 100}
+    for kernel in kernels:
+        assert kernel["tensor"], _named(kernel)
+        assert all(name.startswith(TENSOR[kernel["sm"]]) for name in kernel["tensor"]), _named(kernel)
+        # Those of sm_100 have their sizes in registers.
+        assert kernel["multiplied"] == kernel["expected"] or kernel["sm"] == 100, _named(kernel)
+
+
+def test_nothing_spills(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, _named(kernel)
+        assert kernel["resident"] >= (1 if kernel["tile"].startswith("128") else 2), _named(kernel)
+
+
+def test_memory_is_accessed_in_boxes_or_vectors(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        for access in kernel["accesses"]:
+            if kernel["fed_by"] == "boxes":
+                assert access == "cp.async.bulk.tensor", (_named(kernel), access)
+            else:
+                assert access == "cp.async.cg.shared.global" or ".v4.b32" in access, (_named(kernel), access)
+
+
+def test_instructions_leave_tensor_cores_the_bottleneck(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        # fp32 is split into parts between its multiplications.
+        share = 0.75 if kernel["dtype"] == "fp32" else 0.4
+        assert 0 < kernel["issued"] <= share * kernel["tensor_clocks"], (_named(kernel), kernel["issued"])

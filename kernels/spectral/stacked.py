@@ -1,0 +1,112 @@
+"""Clipping by matrix products alone, for devices where factorisations are slow: no host synchronisation.
+
+Soft clipping is the upper block of the polar factor of ``[U; d I]``. Its iterates are ``[U_k; P_k]`` with
+``P_k`` a polynomial of ``U Uᵀ``; the Gram matrix ``U_k U_kᵀ + P_k²`` is formed anew before its square of the
+condition number hurts. The polynomials are the best for the interval, looked up on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from .coefficients import optimal
+from .matrices import add_identity, frobenius
+from .products import gram, multiply_add, polynomial
+
+_ROWS = 36
+# Steps that begin with a new Gram matrix, from the ratio on where rounding asks for it.
+_RESTARTS = {2: 32.0, 4: 1000.0}
+
+
+@functools.lru_cache(maxsize=64)
+def steps_for(ratio: float, tolerance: float) -> int:
+    """Steps after which singular values in [1/ratio, 1] are one within the tolerance."""
+    for steps in range(1, 16):
+        if optimal(1 / ratio, steps)[1] <= tolerance:
+            return steps
+    return 16
+
+
+@functools.lru_cache(maxsize=64)
+def _table(steps: int, device: torch.device) -> Tensor:
+    """[rows, steps, 3]: row k serves singular values from 2^(-k/2) to 1."""
+    rows = [optimal(0.5 ** (k / 2), steps)[0] for k in range(_ROWS)]
+    return torch.tensor(rows, dtype=torch.float64).to(device)
+
+
+def _scaled(R: Tensor, lower: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R and R² divided by a bound on R and its square, the scale, and coefficients [batch, steps, 3, 1, 1]."""
+    square = polynomial(R, 0, 1)
+    sums = square.abs().sum(-1).amax(-1).sqrt().reshape(-1, 1, 1)
+    top = torch.minimum(frobenius(square).sqrt(), sums.double()) * (1 + 1e-5)
+    octave = (2 * (top.sqrt() / lower).log2()).ceil().clamp(0, _ROWS - 1).nan_to_num(0.0).long().flatten()
+    table = _table(steps, R.device)[octave].to(R.dtype).reshape(-1, steps, 3, 1, 1)
+    scale = top.reciprocal().to(R.dtype)
+    return R * scale, square * scale**2, scale.sqrt(), table
+
+
+def _segment(R: Tensor, square: Tensor | None, table: Tensor) -> Tensor:
+    """Q with ``Q R Q`` nearer to the identity, by the polynomials of the table."""
+    Q = None
+    for i, (a, b, c) in enumerate(step.unbind(1) for step in table.unbind(1)):
+        square = polynomial(R, 0, 1) if square is None else square
+        Z = add_identity(torch.addcmul(b * R, c, square), a)
+        square = None
+        if i + 1 < table.shape[1]:
+            R = torch.bmm(Z, torch.bmm(R, Z))
+        Q = Z if Q is None else torch.bmm(Q, Z)
+    assert Q is not None
+    return Q
+
+
+def soft_clip(U: Tensor, d: Tensor, tolerance: float, max_ratio: float) -> Tensor:
+    """``(I + U Uᵀ/d²)^(-1/2) U`` for norms below 2; d is [batch, 1, 1]."""
+    U = U.to(torch.promote_types(U.dtype, torch.float32))
+    d = d.clamp(1e-6, 2.0**10)
+    small = d.to(U.dtype)
+    # The bound on the norm is at most m^(1/8) times it, and its row serves up to 1.4 times that.
+    steps = steps_for(2 * max_ratio, tolerance)
+    R, square, scale, table = _scaled(add_identity(gram(U), small**2), d, steps)
+    cuts = [0, *(i for i, least in _RESTARTS.items() if i < steps and max_ratio > least), steps]
+    U, P = U * scale, None
+    for begin, end in itertools.pairwise(cuts):
+        if begin:
+            assert P is not None
+            R, square = gram(U) + gram(P), None
+        Q = _segment(R, square, table[:, begin:end])
+        U = torch.bmm(Q, U)
+        if end < steps:
+            P = Q * (small * scale) if P is None else torch.bmm(Q, P)
+    return U * small
+
+
+def inverse_root(S: Tensor, lower: float) -> Tensor:
+    """``S^(-1/2)`` of symmetric matrices with eigenvalues from ``lower²`` to about one."""
+    bound = torch.full_like(S[:, :1, :1], lower, dtype=torch.float64)
+    R, square, scale, table = _scaled(S, bound, steps_for(2 / lower, 1e-6))
+    Q = _segment(R, square, table[:, :2])
+    for begin in range(2, table.shape[1], 2):
+        Q = torch.bmm(_segment(torch.bmm(torch.bmm(Q, R), Q), None, table[:, begin : begin + 2]), Q)
+    return Q * scale
+
+
+def _sign(X: Tensor) -> Tensor:
+    """The polar factor of [batch, m, n]; singular values below 1e-5 of the norm fall short of one."""
+    X = X / frobenius(X).clamp(min=1e-30).to(X.dtype)
+    for a, b, c in optimal(1e-5, steps_for(1e5, 1e-6))[0]:
+        A = gram(X)
+        X = multiply_add(X, polynomial(A, b, c), a)
+    return X
+
+
+def hard_clip(U: Tensor, d: Tensor) -> Tensor:
+    """``min(σ, d)`` by ``2 min(σ, d) = σ + d - |σ - d|`` for norms below 2."""
+    d = d.to(U.dtype).clamp(max=4.0)
+    polar = _sign(U)
+    D = add_identity(-torch.bmm(U, polar.mT), d)
+    D = (D + D.mT) / 2
+    return (d * polar + U - torch.bmm(torch.bmm(D, _sign(D)), polar)) / 2

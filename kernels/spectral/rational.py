@@ -125,8 +125,10 @@ def inverse(A: Tensor) -> Tensor:
 def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
     terms = fewest(ratio, tolerance)
-    invert = inverse if ratio**4 * torch.finfo(S.dtype).eps < _EASY else cholesky_inverse
     total = torch.zeros_like(S)
     for weight, shift in zip(terms.weights, terms.shifts, strict=True):
-        total.add_(invert(add_identity(S.clone(), shift)), alpha=weight * terms.constant)
+        condition = (1 + shift) / (ratio**-2 + shift)
+        easy = condition**2 * torch.finfo(S.dtype).eps < _EASY
+        shifted = add_identity(S.clone(), shift)
+        total.add_(inverse(shifted) if easy else cholesky_inverse(shifted), alpha=weight * terms.constant)
     return add_identity(total, terms.constant)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .coefficients import optimal
-from .matrices import add_identity, frobenius
+from .matrices import add_identity, frobenius, reciprocal
 from .products import gram, multiply_add, polynomial
 
 _ROWS = 36
 # Steps that begin with a new Gram matrix, from the ratio on where rounding asks for it.
-_RESTARTS = {2: 32.0, 4: 1000.0}
+_RESTARTS = {3: 32.0, 5: 1000.0}
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,25 +63,27 @@ def _segment(R: Tensor, square: Tensor | None, table: Tensor) -> Tensor:
     return Q
 
 
-def soft_clip(U: Tensor, d: Tensor, tolerance: float, max_ratio: float) -> Tensor:
-    """``(I + U Uᵀ/d²)^(-1/2) U`` for norms below 2; d is [batch, 1, 1]."""
-    U = U.to(torch.promote_types(U.dtype, torch.float32))
-    d = d.clamp(1e-6, 2.0**10)
-    small = d.to(U.dtype)
+def soft_clip(
+    U: Tensor, d: Tensor, factor: Tensor, G: Tensor | None, tolerance: float, max_ratio: float
+) -> Tensor:
+    """``factor (d² I + U Uᵀ)^(-1/2) U``; G is ``U Uᵀ`` where it is known, the factors are [batch, 1, 1]."""
+    given, U = U.dtype, U.to(torch.promote_types(U.dtype, torch.float32))
+    small, G = d.to(U.dtype), gram(U) if G is None else G
     # The bound on the norm is at most m^(1/8) times it, and its row serves up to 1.4 times that.
     steps = steps_for(2 * max_ratio, tolerance)
-    R, square, scale, table = _scaled(add_identity(gram(U), small**2), d, steps)
+    R, square, scale, table = _scaled(add_identity(G.clone(), small**2), d, steps)
     cuts = [0, *(i for i, least in _RESTARTS.items() if i < steps and max_ratio > least), steps]
-    U, P = U * scale, None
+    P = None
     for begin, end in itertools.pairwise(cuts):
         if begin:
             assert P is not None
             R, square = gram(U) + gram(P), None
         Q = _segment(R, square, table[:, begin:end])
-        U = torch.bmm(Q, U)
         if end < steps:
             P = Q * (small * scale) if P is None else torch.bmm(Q, P)
-    return U * small
+            U = torch.bmm(Q.mul_(scale) if begin == 0 else Q, U)
+    last = Q * (factor.to(Q.dtype) * (scale if len(cuts) == 2 else 1))
+    return torch.bmm(last, U).to(given)
 
 
 def inverse_root(S: Tensor, lower: float) -> Tensor:
@@ -96,17 +98,20 @@ def inverse_root(S: Tensor, lower: float) -> Tensor:
 
 def _sign(X: Tensor) -> Tensor:
     """The polar factor of [batch, m, n]; singular values below 1e-5 of the norm fall short of one."""
-    X = X / frobenius(X).clamp(min=1e-30).to(X.dtype)
+    X = X * reciprocal(frobenius(X), X.dtype)
     for a, b, c in optimal(1e-5, steps_for(1e5, 1e-6))[0]:
         A = gram(X)
         X = multiply_add(X, polynomial(A, b, c), a)
     return X
 
 
-def hard_clip(U: Tensor, d: Tensor) -> Tensor:
-    """``min(σ, d)`` by ``2 min(σ, d) = σ + d - |σ - d|`` for norms below 2."""
-    d = d.to(U.dtype).clamp(max=4.0)
-    polar = _sign(U)
-    D = add_identity(-torch.bmm(U, polar.mT), d)
+def hard_clip(U: Tensor, d: Tensor, factor: Tensor) -> Tensor:
+    """``min(σ, d)`` by ``2 min(σ, d) = σ + d - |σ - d|``, times ``factor/d``."""
+    given, U = U.dtype, U.to(torch.promote_types(U.dtype, torch.float32))
+    # Above the norm d changes nothing.
+    low = torch.minimum(d, frobenius(U))
+    bound, polar = low.to(U.dtype), _sign(U)
+    D = add_identity(-torch.bmm(U, polar.mT), bound)
     D = (D + D.mT) / 2
-    return (d * polar + U - torch.bmm(torch.bmm(D, _sign(D)), polar)) / 2
+    H = bound * polar + U - torch.bmm(torch.bmm(D, _sign(D)), polar)
+    return (H * (factor / d / 2).to(U.dtype)).to(given)

@@ -19,7 +19,7 @@ from .products import gram, multiply_add, polynomial
 
 _ROWS = 36
 # Steps that begin with a new Gram matrix, from the ratio on where rounding asks for it.
-_RESTARTS = {3: 32.0, 5: 1000.0}
+_RESTARTS = {2: 32.0, 4: 100.0}
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,134 @@
+"""``S^(-1/2)`` as a sum of inverses, with the best coefficients there are for an interval.
+
+Zolotarev's function ``C (1 + sum_j w_j / (x + t_j))`` is nearest to ``x^(-1/2)`` in relative error on
+``[1/ratio², 1]``; every term costs the inverse of a shifted matrix, half the operations of a product, and
+terms neither amplify each other's rounding nor diverge outside of the interval.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .matrices import add_identity
+
+_LEAF = 64
+_EASY = 0.3
+
+
+class Terms(NamedTuple):
+    """``constant (1 + sum(weights / (x + shifts)))`` and its largest relative error."""
+
+    constant: float
+    weights: tuple[float, ...]
+    shifts: tuple[float, ...]
+    error: float
+
+
+def _mean(a: float, b: float) -> float:
+    """Arithmetic-geometric mean."""
+    while abs(a - b) > 1e-15 * a:
+        a, b = (a + b) / 2, math.sqrt(a * b)
+    return a
+
+
+def _tangent(u: float, parameter: float) -> float:
+    """Jacobi's ``sn/cn`` at u for the complementary parameter, by descending Landen transformations."""
+    a, root = 1.0, parameter
+    pairs: list[tuple[float, float]] = []
+    while True:
+        root = math.sqrt(root)
+        pairs.append((a, root))
+        c = (a + root) / 2
+        if abs(a - root) <= 1e-9 * a:
+            break
+        root *= a
+        a = c
+    u *= c
+    a, dn = math.cos(u) / math.sin(u), 1.0
+    c *= a
+    for mean, root in reversed(pairs):
+        a *= c
+        c *= dn
+        dn = (root + a) / (mean + a)
+        a = c / mean
+    return 1 / c
+
+
+@functools.lru_cache(maxsize=1024)
+def zolotarev(count: int, ratio: float) -> Terms:
+    """The best ``count`` terms for arguments between ``1/ratio²`` and 1.
+
+    >>> terms = zolotarev(6, 30.0)
+    >>> terms.error < 1e-5
+    True
+    >>> value = terms.constant * (1 + sum(w / (0.01 + t) for w, t in zip(terms.weights, terms.shifts)))
+    >>> abs(value / 0.01**-0.5 - 1) < 1e-5
+    True
+    """
+    lower = 1 / ratio
+    quarter = math.pi / 2 / _mean(1.0, lower)
+    nodes = [(lower * _tangent(i * quarter / (2 * count + 1), lower**2)) ** 2 for i in range(1, 2 * count + 1)]
+    poles, zeros = nodes[0::2], nodes[1::2]
+    weights = tuple(
+        math.prod(zero - pole for zero in zeros) / math.prod(other - pole for other in poles if other != pole)
+        for pole in poles
+    )
+
+    def product(x: float) -> float:
+        return math.sqrt(x) * (1 + sum(w / (x + t) for w, t in zip(weights, poles, strict=True)))
+
+    # The error alternates between its extremes, and both ends of the interval are among them.
+    ends = product(1.0), product(lower**2)
+    return Terms(2 / sum(ends), weights, tuple(poles), abs(ends[0] - ends[1]) / sum(ends))
+
+
+def fewest(ratio: float, tolerance: float) -> Terms:
+    """As few terms as the tolerance allows."""
+    for count in range(1, 24):
+        terms = zolotarev(count, ratio)
+        if terms.error <= tolerance:
+            return terms
+    return terms
+
+
+def cholesky_inverse(A: Tensor) -> Tensor:
+    """The inverse of symmetric positive definite [batch, m, m], for any condition that the dtype bears."""
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
+
+
+def inverse(A: Tensor) -> Tensor:
+    """The same for well-conditioned matrices, by halves: nearly all of it is matrix products.
+
+    Half of LAPACK's time at 1024 in float32. Its error grows with the square of the condition number.
+    """
+    m = A.shape[-1]
+    if m <= _LEAF:
+        return cholesky_inverse(A)
+    h = m // 2
+    first, B = inverse(A[:, :h, :h]), A[:, :h, h:]
+    F = first @ B
+    schur = inverse(torch.baddbmm(A[:, h:, h:], B.mT, F, alpha=-1))
+    corner = F @ schur
+    out = torch.empty_like(A)
+    out[:, h:, h:] = schur
+    out[:, :h, :h] = torch.baddbmm(first, corner, F.mT)
+    out[:, :h, h:] = corner.neg_()
+    out[:, h:, :h] = corner.mT
+    return out
+
+
+def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
+    """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
+    terms = fewest(ratio, tolerance)
+    total = torch.zeros_like(S)
+    for weight, shift in zip(terms.weights, terms.shifts, strict=True):
+        condition = (1 + shift) / (ratio**-2 + shift)
+        easy = condition**2 * torch.finfo(S.dtype).eps < _EASY
+        shifted = add_identity(S.clone(), shift)
+        total.add_(inverse(shifted) if easy else cholesky_inverse(shifted), alpha=weight * terms.constant)
+    return add_identity(total, terms.constant)

@@ -42,7 +42,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _quicken_the_interpreter()
 
 
-BUILDERS = {"test_cuda.py", "test_learning.py", "test_packaging.py", "test_triton_static.py"}
+BUILDERS = {
+    *("test_cuda.py", "test_learning.py", "test_packaging.py"),
+    *("test_triton_products_static.py", "test_triton_static.py"),
+}
 """What their first test compiles or learns serves all others."""
 
 

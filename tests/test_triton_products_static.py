@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-# One worker compiles for all tests of this file.
-pytestmark = pytest.mark.xdist_group("triton_products_static")
 
 ROOT = Path(__file__).parents[1]
 TENSOR = {80: "mma.", 90: "wgmma.mma_async.", 100: "tcgen05.mma"}

@@ -20,7 +20,7 @@ from .bucket import Bucket, Member
 from .codecs import BLANK, CODECS
 from .control import Control
 from .launch import Key, Launch, Operands
-from .layout import flat, layout_of, memory_order
+from .layout import flat, layout_of, walked
 from .reference.codecs import CODECS as DECODERS
 from .rules import ADD, RULES
 from .spec import Hyper, Per, Rule
@@ -81,7 +81,7 @@ class MatrixCut(Protocol):
 def dense_strides(param: Tensor) -> tuple[int, ...]:
     """Strides of a dense tensor whose dimensions lie in the order of the parameter's."""
     strides, reach = [0] * param.ndim, 1
-    for dim in reversed(memory_order(param)):
+    for dim in reversed(walked(param)):
         strides[dim], reach = reach, reach * param.shape[dim]
     return tuple(stride or 1 for stride in strides)
 

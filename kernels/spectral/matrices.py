@@ -34,13 +34,25 @@ def check_bound(c: float | Tensor, X: Tensor) -> None:
         if c.ndim > len(batch) or any(
             have not in (1, want) for have, want in zip(reversed(c.shape), reversed(batch), strict=False)
         ):
-            raise ValueError(f"c: got shape {tuple(c.shape)}; give one number, or one a matrix: {tuple(batch)}")
+            raise ValueError(
+                f"c: got shape {tuple(c.shape)}; give one number, or one a matrix: {tuple(batch)}"
+            )
         if c.device != X.device and c.ndim:
-            raise ValueError(f"c: got a tensor on {c.device} for X on {X.device}; move it with c.to(X.device)")
+            raise ValueError(
+                f"c: got a tensor on {c.device} for X on {X.device}; move it with c.to(X.device)"
+            )
     elif isinstance(c, bool) or not isinstance(c, (int, float)):
         raise TypeError(f"c: got {c!r}; give a positive number or a tensor of them")
     elif not c > 0:
         raise ValueError(f"c: got {c}; give a positive number (math.inf clips nothing)")
+
+
+def check_number(name: str, given: float, above: float, allowed: str) -> None:
+    """Refuses what is no number above a limit."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name}: got {given!r}; give {allowed}")
+    if not above < given < float("inf"):
+        raise ValueError(f"{name}: got {given}; give {allowed}")
 
 
 def wide(X: Tensor) -> tuple[Tensor, bool]:

@@ -22,7 +22,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, t
 """Largest relative error of a singular value that is asked for, by dtype of the matrix."""
 
 _LOOSE = 2.0**10
-_TIGHT = 2.0**-23
+# Below this share of the norm singular values are rounding; d may stay there.
+_TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-17, torch.bfloat16: 2.0**-17}
 _POWER_STEPS = 8
 _NORMAL = 40
 _ROUNDING = 4
@@ -62,7 +63,7 @@ def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, bool]:
     d = torch.minimum(d, _LOOSE * size)
     # A factor that is NaN makes the whole of a matrix NaN, and no other.
     factor = torch.where(norm.isfinite(), d / scale, torch.nan)
-    return Problem(U, torch.maximum(d, _TIGHT * size), factor), tall
+    return Problem(U, torch.maximum(d, _TIGHT[U.dtype] * size), factor), tall
 
 
 def _fine_gram(X: Tensor) -> Tensor:
@@ -96,19 +97,21 @@ def _largest(G: Tensor) -> Tensor:
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:
     """Soft clipping where looking at ratios costs nothing: matrices with similar ones are done together.
 
-    A matrix has the same result in any batch: what is chosen for it depends on its own ratio alone.
+    What is chosen for a matrix depends on its own ratio alone.
     """
     G = _fine_gram(given.U)
     ratio = (1 + _largest(G) / given.d**2).sqrt().flatten()
-    steps = (4 * ratio.log2()).ceil().clamp(min=1).nan_to_num(0.0)
+    steps = (4 * ratio.log2()).ceil().clamp(min=1).nan_to_num(-1.0)
+    steps[ratio**2 - 1 <= tolerance] = 0
     H = torch.empty_like(given.U)
     for step in steps.unique().tolist():
         chosen = (steps == step).nonzero().flatten()
         chosen = slice(None) if len(chosen) == len(H) else chosen
-        if step:
-            H[chosen] = _alike(given.of(chosen), G[chosen], 2.0 ** (step / 4), tolerance)
+        part = given.of(chosen)
+        if step > 0:
+            H[chosen] = _alike(part, G[chosen], 2.0 ** (step / 4), tolerance)
         else:
-            H[chosen] = torch.nan
+            H[chosen] = part.U * (part.factor / part.d).to(H.dtype) if step == 0 else torch.nan
     return H
 
 

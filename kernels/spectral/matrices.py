@@ -47,6 +47,14 @@ def check_bound(c: float | Tensor, X: Tensor) -> None:
         raise ValueError(f"c: got {c}; give a positive number (math.inf clips nothing)")
 
 
+def check_number(name: str, given: float, above: float, allowed: str) -> None:
+    """Refuses what is no number above a limit."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise TypeError(f"{name}: got {given!r}; give {allowed}")
+    if not above < given < float("inf"):
+        raise ValueError(f"{name}: got {given}; give {allowed}")
+
+
 def wide(X: Tensor) -> tuple[Tensor, bool]:
     """[batch, m, n] with m <= n, and whether that took a transposition."""
     tall = X.shape[-2] > X.shape[-1]

@@ -35,7 +35,7 @@ def largest_eigenvalue(T: Tensor) -> Tensor:
 
 
 def estimate(X: Tensor, steps: int) -> Tensor:
-    """[batch] of largest singular values of [batch, m, n], from below, by Golub–Kahan–Lanczos steps."""
+    """Largest singular values of [batch, n, m], n >= m, from below, by Golub–Kahan–Lanczos steps."""
     steps = min(steps, *X.shape[-2:])
     v, _ = _unit(start(X.shape[-1], X).expand(X.shape[0], -1, -1))
     u, beta = torch.zeros_like(X[:, :, :1]), torch.zeros_like(X[:, :1, :1])
@@ -66,7 +66,7 @@ def spectral_norm(X: Tensor, steps: int, upper: bool) -> Tensor:
     Y = Y if Y.dtype is torch.float64 else Y.float()
     size = frobenius(Y)
     Y = Y * reciprocal(size, Y.dtype)
-    found = bound(Y) if upper else estimate(Y, steps)
+    found = bound(Y) if upper else estimate(Y.mT, steps)
     # A zero matrix has a logarithm of minus infinity on the way; a bad one is bad.
     found = torch.where(size.flatten() == 0, 0.0, found * size.flatten())
     found = torch.where(size.flatten().isfinite(), found, torch.nan)

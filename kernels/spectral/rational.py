@@ -72,7 +72,9 @@ def zolotarev(count: int, ratio: float) -> Terms:
     """
     lower = 1 / ratio
     quarter = math.pi / 2 / _mean(1.0, lower)
-    nodes = [(lower * _tangent(i * quarter / (2 * count + 1), lower**2)) ** 2 for i in range(1, 2 * count + 1)]
+    nodes = [
+        (lower * _tangent(i * quarter / (2 * count + 1), lower**2)) ** 2 for i in range(1, 2 * count + 1)
+    ]
     poles, zeros = nodes[0::2], nodes[1::2]
     weights = tuple(
         math.prod(zero - pole for zero in zeros) / math.prod(other - pole for other in poles if other != pole)

@@ -39,7 +39,7 @@ def _table(steps: int, device: torch.device) -> Tensor:
 
 
 def _scaled(R: Tensor, lower: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R and R² divided by a bound on R and its square, the scale, and coefficients [batch, steps, 3, 1, 1]."""
+    """R and R², divided by a bound; the root of one over it; coefficients [batch, steps, 3, 1, 1]."""
     square = polynomial(R, 0, 1)
     sums = square.abs().sum(-1).amax(-1).sqrt().reshape(-1, 1, 1)
     top = torch.minimum(frobenius(square).sqrt(), sums.double()) * (1 + 1e-5)

@@ -39,10 +39,10 @@ OPTIMIZERS = {
     "adam": Pair(fused_optim.Adam, torch.optim.Adam, "betas", [0.9, 0.95], 1.0, 0.0),
     "lion": Pair(fused_optim.Lion, None, "betas", [0.9, 0.98], 0.2, 0.5),
     "sgd": Pair(fused_optim.SGD, torch.optim.SGD, "momentum", 0.9, 100.0, 0.0),
-    "muon": Pair(fused_optim.Muon, torch.optim.AdamW, "momentum", 0.95, 1.0, 0.1, _MUON),
+    "muon": Pair(fused_optim.Muon, torch.optim.AdamW, "momentum", 0.95, 2.0, 0.1, _MUON),
 }
 """Lion's sign makes its updates larger than Adam's: a fifth of the lr, five times the decay. Muon stands
-beside AdamW, whose lr and decay suit it with ``match_rms_adamw``."""
+beside AdamW and bears twice its lr with ``match_rms_adamw``."""
 
 
 def label(contender: str, config: Any) -> str:
@@ -68,17 +68,15 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     """
     pair = OPTIMIZERS[config.optimizer]
     groups = decay_groups(model, config.weight_decay)
-    moments: dict[str, Any] = {"betas": tuple(config.betas)} if config.betas else {}
-    if config.betas is None:
-        moments = {"momentum": config.momentum}
+    moments = {"betas": tuple(config.betas)} if config.betas else {"momentum": config.momentum}
+    storage, options, their_lr = Storage.parse(config.storage), dict(pair.options), config.lr
+    if "others" in options:
+        # Muon stands beside AdamW, and AdamW has what is not Muon's.
+        options["others_lr"], their_lr = config.lr, config.lr / pair.lr_factor
     if contender == "torch":
         assert pair.theirs is not None
-        if pair.theirs is torch.optim.AdamW and config.betas is None:
-            moments = {"betas": tuple(OPTIMIZERS["adamw"].default_moments)}
-        return pair.theirs(groups, lr=config.lr, fused=True, **moments)
-    storage, options = Storage.parse(config.storage), dict(pair.options)
-    if "others" in options:
-        options["others_lr"] = config.lr
+        theirs = {"betas": tuple(OPTIMIZERS["adamw"].default_moments)} if "others" in options else moments
+        return pair.theirs(groups, lr=their_lr, fused=True, **theirs)
     if config.spectral_clip is not None:
         options["spectral"] = SpectralClip(post=config.spectral_clip)
     return pair.ours(

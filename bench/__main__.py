@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "step": "time optimizer steps beside other libraries",
+    "newton_schulz": "time orthogonalisation, spectral clipping and their products",
     "static": "count what the compiled GPU kernels do, without a GPU",
     "machine": "print what a result file says about this machine",
 }
@@ -14,7 +15,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
-        lines = [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+        lines = [f"  {name:<15}{text}" for name, text in COMMANDS.items()]
         print("usage: python -m bench COMMAND [options]", *lines, sep="\n")
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0

@@ -29,13 +29,13 @@ def _torchs_muon(X: Tensor, steps: int = 5) -> Tensor:
 
 
 def test_jordan_is_torchs_muon() -> None:
-    for m, n in ((64, 64), (48, 192), (192, 48)):
+    for m, n in ((64, 64), (48, 192), (192, 48), (256, 640)):
         X = torch.randn(m, n)
         expected = _torchs_muon(X) if m <= n else _torchs_muon(X.T).T
         exact = orthogonalize(X.double(), "jordan", 5, form="standard", dtype=torch.float64)
         found = orthogonalize(X, "jordan", 5)
         assert torch.dist(found, expected.float()) < 0.05 * exact.norm()
-        assert torch.dist(found, exact) < 1.6 * torch.dist(expected, exact)
+        assert torch.dist(found, exact) < 1.4 * torch.dist(expected, exact)
 
 
 @pytest.mark.parametrize("form", ["standard", "gram"])
@@ -57,7 +57,7 @@ def test_gram_form_saves_operations() -> None:
     assert wide[0] == 2 * 1024**3 * (3 * 8 + 11) and wide[1] == 2 * 1024**3 * 45
     square = [newton_schulz.flops(64, 64, plan, torch.bfloat16, "cpu", f) for f in ("gram", "standard")]
     assert square[0] > square[1]
-    for shape, form in (((32, 128), "gram"), ((64, 64), "standard")):
+    for shape, form in (((256, 700), "gram"), ((256, 256), "standard"), ((64, 500), "standard")):
         X = torch.randn(shape)
         assert torch.equal(orthogonalize(X, "jordan"), orthogonalize(X, "jordan", form=form))  # pyright: ignore[reportArgumentType]
 

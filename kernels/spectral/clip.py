@@ -23,9 +23,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, t
 
 _LOOSE = 2.0**10
 # Below this share of the norm singular values are rounding; d may stay there.
-_TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-17, torch.bfloat16: 2.0**-17}
+_TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
 _POWER_STEPS = 8
 _NORMAL = 40
+_EXTREME = 2e4
 _ROUNDING = 4
 _SPLIT_EPS = 2.0**-18
 # Rows from which inverses take less time than products (two cores, November 2026).
@@ -119,9 +120,11 @@ def _alike(given: Problem, G: Tensor, ratio: float, tolerance: float) -> Tensor:
     """Inverses where they bear the squared condition number, or products."""
     finest = tolerance * _ROUNDING / ratio**2
     few = G.shape[-1] < _INVERSES_FROM[given.U.dtype]
-    if G.dtype is torch.float32 and (few or torch.finfo(torch.float32).eps > finest):
+    if ratio > _EXTREME:
+        G = gram(given.U.double())
+    elif G.dtype is torch.float32 and (few or torch.finfo(torch.float32).eps > finest):
         return stacked.soft_clip(*given, G, tolerance, ratio)
-    if given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
+    elif given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
         G = gram(given.U.float())
     top = (given.d * ratio) ** 2
     S = add_identity(G / top.to(G.dtype), 1 / ratio**2)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from .kernels.spectral import clip, newton_schulz, norm
 from .kernels.spectral.coefficients import schedule
-from .kernels.spectral.matrices import check, check_bound, check_number, frobenius, reciprocal, restore, wide
+from .kernels.spectral.matrices import (
+    check,
+    check_bound,
+    check_count,
+    check_number,
+    frobenius,
+    reciprocal,
+    restore,
+    wide,
+)
 
 __all__ = ["hard_clip", "inverse_sqrt", "orthogonalize", "soft_clip", "spectral_norm"]
 
@@ -249,7 +258,5 @@ def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
         Golub and Kahan, SIAM J. Numer. Anal. 2 (1965); the bound: Schatten norms.
     """
     check(X)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: got {steps!r}; give an integer of at least 1")
-    check_number("steps", steps, 0, "an integer of at least 1")
+    check_count("steps", steps)
     return norm.spectral_norm(X, steps, upper)

@@ -5,6 +5,8 @@ condition number is that of the stacked matrix ``[X/c; I]`` squared: where that 
 S is formed and inverted in float64 (CPU), or formed again from the stacked matrix on the way (elsewhere).
 """
 
+# Matrices have the papers' capital letters.
+# pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
 import math
@@ -24,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, t
 _LOOSE = 2.0**10
 # Below this share of the norm singular values are rounding; d may stay there.
 _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
-_POWER_STEPS = 8
+_POWER_STEPS = 7
 _NORMAL = 40
 _EXTREME = 2e4
 _ROUNDING = 4
@@ -87,12 +89,11 @@ def _fine_product(Q: Tensor, X: Tensor) -> Tensor:
 
 def _largest(G: Tensor) -> Tensor:
     """[batch, 1, 1] of the largest eigenvalues or a little more, by power iteration; never above a norm."""
-    v = start(G.shape[-1], G).expand(G.shape[0], -1, -1)
+    v = torch.bmm(G, start(G.shape[-1], G).expand(G.shape[0], -1, -1))
     for _ in range(_POWER_STEPS):
-        v = torch.bmm(G, v)
-        size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = v / size.clamp(min=1e-30)
-    return torch.minimum(1.25 * size, G.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)).double()
+        v = torch.bmm(G, v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=1e-30))
+    size = 1.25 * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    return torch.minimum(size, G.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)).double()
 
 
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Orthogonalisation by Newton–Schulz iterations, on X itself or on its Gram matrix."""
 
+# Matrices have the papers' capital letters.
+# pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
 import itertools

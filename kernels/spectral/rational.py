@@ -18,6 +18,7 @@ from .matrices import add_identity
 
 _LEAF = 64
 _EASY = 0.3
+_MOST = 24
 
 
 class Terms(NamedTuple):
@@ -91,11 +92,8 @@ def zolotarev(count: int, ratio: float) -> Terms:
 
 def fewest(ratio: float, tolerance: float) -> Terms:
     """As few terms as the tolerance allows."""
-    for count in range(1, 24):
-        terms = zolotarev(count, ratio)
-        if terms.error <= tolerance:
-            return terms
-    return terms
+    candidates = (zolotarev(count, ratio) for count in range(1, _MOST))
+    return next((terms for terms in candidates if terms.error <= tolerance), zolotarev(_MOST, ratio))
 
 
 def cholesky_inverse(A: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import newton_schulz as newton_schulz_bench
 from fused_optim.kernels.spectral import newton_schulz, products
 from fused_optim.kernels.spectral.coefficients import schedule
 from fused_optim.spectral import hard_clip, inverse_sqrt, orthogonalize, soft_clip, spectral_norm
@@ -157,3 +160,17 @@ def test_refusals_say_what_to_do(case: tuple[type[Exception], str, Any]) -> None
     kind, text, call = case
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_benchmark_runs(tmp_path: Path) -> None:
+    """Tiny matrices through every suite: what it writes holds errors, times and targets."""
+    out = tmp_path / "result.json"
+    assert newton_schulz_bench.main(["--quick", "--ratios", "30", "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["kind"] == "newton_schulz" and result["quick"] is True
+    cases = {case["name"]: case for case in result["cases"]}
+    assert {target["against"] for target in cases["muon all, 1 layers"]["targets"]} == {"torch.optim.Muon"}
+    ours, theirs, _ = cases["soft clip 48x64 fp32, ratio 30"]["rows"]
+    assert ours["error"] < 1e-4 < theirs["error"] and ours["ms"]["n"] == 3
+    with pytest.raises(SystemExit, match="unknown suites x; known: muon, clip, products"):
+        newton_schulz_bench.main(["--suites", "x"])

@@ -111,9 +111,9 @@ def soft_clip(
 
     On a CPU the number of terms or steps follows from each matrix's own ``ratio``, its spectral norm over
     c. From 384 rows on (192 in bfloat16) the root is Zolotarev's sum of inverses, exact to the tolerance with
-    the fewest terms that any such sum can have: in float32 3 at a ratio of 3, 6 at 30. For smaller matrices, and in
-    float32 beyond a ratio of 30, it is the upper block of the polar factor of ``[X/c; I]``, by the best
-    quintic polynomials for the interval and Gram matrices formed anew before their squares lose accuracy.
+    the fewest terms that any such sum can have: in float32 3 at a ratio of 3, 6 at 30. For smaller matrices,
+    and in float32 beyond a ratio of 30, it is the upper block of the polar factor of ``[X/c; I]``, by the
+    best quintic polynomials for the interval and Gram matrices formed anew before squares lose accuracy.
     On other devices it is always the latter, with steps enough for ``max_ratio`` and coefficients looked up
     on the device from a bound on the ratio. bfloat16 matrices are multiplied in bfloat16, twice.
 

@@ -78,7 +78,11 @@ def restore(Y: Tensor, X: Tensor, tall: bool) -> Tensor:
 
 def per_matrix(c: float | Tensor, X: Tensor) -> Tensor:
     """A threshold as float64 [batch, 1, 1] for the matrices of X."""
-    values = torch.as_tensor(c, dtype=torch.float64, device=X.device)
+    if isinstance(c, Tensor):
+        values = c.to(X.device, torch.float64)
+    else:
+        # Filled on the device: a copy from the host would wait, and cannot be captured in a graph.
+        values = torch.full((), c, dtype=torch.float64, device=X.device)
     return values.expand(X.shape[:-2]).reshape(-1, 1, 1)
 
 

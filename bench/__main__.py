@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "step": "time optimizer steps beside other libraries",
+    "newton_schulz": "time orthogonalisation, spectral clipping and their products",
     "static": "count what the compiled GPU kernels do, without a GPU",
     "products": "time the matrix products beside torch.matmul on a GPU",
     "static_products": "count what their compiled kernels do, without a GPU",
@@ -16,7 +17,11 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
+<<<<<<< HEAD
         lines = [f"  {name:<17}{text}" for name, text in COMMANDS.items()]
+=======
+        lines = [f"  {name:<15}{text}" for name, text in COMMANDS.items()]
+>>>>>>> engine
         print("usage: python -m bench COMMAND [options]", *lines, sep="\n")
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0

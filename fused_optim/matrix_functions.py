@@ -16,7 +16,16 @@ from torch import Tensor
 
 from .kernels.spectral import clip, newton_schulz, norm
 from .kernels.spectral.coefficients import schedule
-from .kernels.spectral.matrices import check, check_bound, check_number, frobenius, reciprocal, restore, wide
+from .kernels.spectral.matrices import (
+    check,
+    check_bound,
+    check_count,
+    check_number,
+    frobenius,
+    reciprocal,
+    restore,
+    wide,
+)
 
 __all__ = ["hard_clip", "inverse_sqrt", "orthogonalize", "soft_clip", "spectral_norm"]
 
@@ -43,8 +52,9 @@ def orthogonalize(
         Z = b R + c R²;   Q = a Q + Q Z;   R = (a I + Z) R (a I + Z)
 
     and forms R anew from X after every second step (third after the first two in float16, float32 and
-    float64), because R holds squares. For n = 4 m and five steps in bfloat16 that is 0.70 of the operations
-    at no larger error. ``"auto"`` takes the form with fewer operations on the device.
+    float64), because R holds squares. For n = 4 m and five steps in bfloat16 that is 0.78 of the operations;
+    the error is up to 1.25 times that of the standard form where the spectrum is narrow and smaller where it
+    is wide. ``"auto"`` takes the form with fewer operations on the device, from 256 rows on.
 
     After five steps singular values above 0.01 of the norm lie in [0.68, 1.20] with Jordan's coefficients;
     above 0.001 of it in [0.84, 1.12] with Polar Express. Eight steps of Polar Express in float32 leave them
@@ -101,9 +111,9 @@ def soft_clip(
 
     On a CPU the number of terms or steps follows from each matrix's own ``ratio``, its spectral norm over
     c. From 384 rows on (192 in bfloat16) the root is Zolotarev's sum of inverses, exact to the tolerance with
-    the fewest terms that any such sum can have: 3 at a ratio of 3, 5 at 30. For smaller matrices, and in
-    float32 beyond a ratio of 30, it is the upper block of the polar factor of ``[X/c; I]``, by the best
-    quintic polynomials for the interval and Gram matrices formed anew before their squares lose accuracy.
+    the fewest terms that any such sum can have: in float32 3 at a ratio of 3, 6 at 30. For smaller matrices,
+    and in float32 beyond a ratio of 30, it is the upper block of the polar factor of ``[X/c; I]``, by the
+    best quintic polynomials for the interval and Gram matrices formed anew before squares lose accuracy.
     On other devices it is always the latter, with steps enough for ``max_ratio`` and coefficients looked up
     on the device from a bound on the ratio. bfloat16 matrices are multiplied in bfloat16, twice.
 
@@ -114,7 +124,7 @@ def soft_clip(
         tolerance: largest relative error of a singular value, besides rounding; None for 3e-5 in float32,
             1e-9 in float64, 1.2e-2 in bfloat16 and 5e-4 in float16.
         max_ratio: largest ratio for which the tolerance is promised on devices other than a CPU, at least 1;
-            300 saves one to two of eight steps.
+            in float32 300 takes 7 steps instead of 9, 30 takes 5.
 
     Returns:
         A tensor of X's shape and dtype; that of tall matrices may be a transposed view.
@@ -248,7 +258,5 @@ def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
         Golub and Kahan, SIAM J. Numer. Anal. 2 (1965); the bound: Schatten norms.
     """
     check(X)
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: got {steps!r}; give an integer of at least 1")
-    check_number("steps", steps, 0, "an integer of at least 1")
+    check_count("steps", steps)
     return norm.spectral_norm(X, steps, upper)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import newton_schulz as newton_schulz_bench
 from fused_optim.kernels.spectral import newton_schulz, products
 from fused_optim.kernels.spectral.coefficients import schedule
 from fused_optim.spectral import hard_clip, inverse_sqrt, orthogonalize, soft_clip, spectral_norm
@@ -29,13 +32,13 @@ def _torchs_muon(X: Tensor, steps: int = 5) -> Tensor:
 
 
 def test_jordan_is_torchs_muon() -> None:
-    for m, n in ((64, 64), (48, 192), (192, 48)):
+    for m, n in ((64, 64), (48, 192), (192, 48), (256, 640)):
         X = torch.randn(m, n)
         expected = _torchs_muon(X) if m <= n else _torchs_muon(X.T).T
         exact = orthogonalize(X.double(), "jordan", 5, form="standard", dtype=torch.float64)
         found = orthogonalize(X, "jordan", 5)
         assert torch.dist(found, expected.float()) < 0.05 * exact.norm()
-        assert torch.dist(found, exact) < 1.6 * torch.dist(expected, exact)
+        assert torch.dist(found, exact) < 1.4 * torch.dist(expected, exact)
 
 
 @pytest.mark.parametrize("form", ["standard", "gram"])
@@ -57,7 +60,7 @@ def test_gram_form_saves_operations() -> None:
     assert wide[0] == 2 * 1024**3 * (3 * 8 + 11) and wide[1] == 2 * 1024**3 * 45
     square = [newton_schulz.flops(64, 64, plan, torch.bfloat16, "cpu", f) for f in ("gram", "standard")]
     assert square[0] > square[1]
-    for shape, form in (((32, 128), "gram"), ((64, 64), "standard")):
+    for shape, form in (((256, 700), "gram"), ((256, 256), "standard"), ((64, 500), "standard")):
         X = torch.randn(shape)
         assert torch.equal(orthogonalize(X, "jordan"), orthogonalize(X, "jordan", form=form))  # pyright: ignore[reportArgumentType]
 
@@ -157,3 +160,17 @@ def test_refusals_say_what_to_do(case: tuple[type[Exception], str, Any]) -> None
     kind, text, call = case
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_benchmark_runs(tmp_path: Path) -> None:
+    """Tiny matrices through every suite: what it writes holds errors, times and targets."""
+    out = tmp_path / "result.json"
+    assert newton_schulz_bench.main(["--quick", "--ratios", "30", "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["kind"] == "newton_schulz" and result["quick"] is True
+    cases = {case["name"]: case for case in result["cases"]}
+    assert {target["against"] for target in cases["muon all, 1 layers"]["targets"]} == {"torch.optim.Muon"}
+    ours, theirs, _ = cases["soft clip 48x64 fp32, ratio 30"]["rows"]
+    assert ours["error"] < 1e-4 < theirs["error"] and ours["ms"]["n"] == 3
+    with pytest.raises(SystemExit, match="unknown suites x; known: muon, clip, products"):
+        newton_schulz_bench.main(["--suites", "x"])

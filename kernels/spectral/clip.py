@@ -5,6 +5,8 @@ condition number is that of the stacked matrix ``[X/c; I]`` squared: where that 
 S is formed and inverted in float64 (CPU), or formed again from the stacked matrix on the way (elsewhere).
 """
 
+# Matrices have the papers' capital letters.
+# pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
 import math
@@ -23,9 +25,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, t
 
 _LOOSE = 2.0**10
 # Below this share of the norm singular values are rounding; d may stay there.
-_TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-17, torch.bfloat16: 2.0**-17}
-_POWER_STEPS = 8
+_TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
+_POWER_STEPS = 7
 _NORMAL = 40
+_EXTREME = 2e4
 _ROUNDING = 4
 _SPLIT_EPS = 2.0**-18
 # Rows from which inverses take less time than products (two cores, November 2026).
@@ -86,12 +89,11 @@ def _fine_product(Q: Tensor, X: Tensor) -> Tensor:
 
 def _largest(G: Tensor) -> Tensor:
     """[batch, 1, 1] of the largest eigenvalues or a little more, by power iteration; never above a norm."""
-    v = start(G.shape[-1], G).expand(G.shape[0], -1, -1)
+    v = torch.bmm(G, start(G.shape[-1], G).expand(G.shape[0], -1, -1))
     for _ in range(_POWER_STEPS):
-        v = torch.bmm(G, v)
-        size = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-        v = v / size.clamp(min=1e-30)
-    return torch.minimum(1.25 * size, G.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)).double()
+        v = torch.bmm(G, v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=1e-30))
+    size = 1.25 * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+    return torch.minimum(size, G.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)).double()
 
 
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:
@@ -119,9 +121,11 @@ def _alike(given: Problem, G: Tensor, ratio: float, tolerance: float) -> Tensor:
     """Inverses where they bear the squared condition number, or products."""
     finest = tolerance * _ROUNDING / ratio**2
     few = G.shape[-1] < _INVERSES_FROM[given.U.dtype]
-    if G.dtype is torch.float32 and (few or torch.finfo(torch.float32).eps > finest):
+    if ratio > _EXTREME:
+        G = gram(given.U.double())
+    elif G.dtype is torch.float32 and (few or torch.finfo(torch.float32).eps > finest):
         return stacked.soft_clip(*given, G, tolerance, ratio)
-    if given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
+    elif given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
         G = gram(given.U.float())
     top = (given.d * ratio) ** 2
     S = add_identity(G / top.to(G.dtype), 1 / ratio**2)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .matrices import check_count
+
 Coefficients = tuple[float, float, float]
 
 _JORDAN = ((3.4445, -4.7750, 2.0315),)
@@ -68,17 +70,14 @@ def _custom(given: Iterable[Iterable[float]]) -> Schedule:
     return Schedule(tuple((a, b, c) for a, b, c in steps))
 
 
-def schedule(given: str | Iterable[Iterable[float]], steps: int) -> Schedule:
+def schedule(given: str | Iterable[Iterable[float]], steps: object) -> Schedule:
     """The polynomials of ``steps`` steps; the last one given is repeated as often as needed."""
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"steps: got {steps!r}; give an integer of at least 1")
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; give an integer of at least 1")
+    count = check_count("steps", steps)
     if isinstance(given, str) and given not in NAMED:
         raise ValueError(f"coefficients: got {given!r}; give one of {', '.join(map(repr, NAMED))}")
     found = NAMED[given] if isinstance(given, str) else _custom(given)
-    repeated = (*found.steps, *[found.steps[-1]] * steps)
-    return found._replace(steps=repeated[:steps])
+    repeated = (*found.steps, *[found.steps[-1]] * count)
+    return found._replace(steps=repeated[:count])
 
 
 def _quintic(lower: float, upper: float) -> Coefficients:
@@ -88,6 +87,7 @@ def _quintic(lower: float, upper: float) -> Coefficients:
         middle = (lower + upper) / 2
         return 1.875 / middle, -1.25 / middle**3, 0.375 / middle**5
     q, r, error = (3 * lower + upper) / 4, (lower + 3 * upper) / 4, math.inf
+    a = b = c = 0.0
     for _ in range(100):
         points = np.array([lower, q, r, upper])
         system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)

@@ -9,7 +9,7 @@ _LARGEST = 3.0e38
 _SAFE = (1e-15, 1e15)
 
 
-def check(X: Tensor, name: str = "X", square: bool = False) -> None:
+def check(X: object, name: str = "X", square: bool = False) -> None:
     """Refuses what is no batch of real matrices in floating point."""
     if not isinstance(X, Tensor):
         raise TypeError(f"{name}: got {type(X).__name__}; give a torch.Tensor")
@@ -25,7 +25,7 @@ def check(X: Tensor, name: str = "X", square: bool = False) -> None:
         raise ValueError(f"{name}: got shape {tuple(X.shape)}; give square matrices, [..., n, n]")
 
 
-def check_bound(c: float | Tensor, X: Tensor) -> None:
+def check_bound(c: object, X: Tensor) -> None:
     """Refuses a threshold that is not positive; the values of a tensor are not looked at."""
     if isinstance(c, Tensor):
         batch = X.shape[:-2]
@@ -47,12 +47,21 @@ def check_bound(c: float | Tensor, X: Tensor) -> None:
         raise ValueError(f"c: got {c}; give a positive number (math.inf clips nothing)")
 
 
-def check_number(name: str, given: float, above: float, allowed: str) -> None:
+def check_number(name: str, given: object, above: float, allowed: str) -> None:
     """Refuses what is no number above a limit."""
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name}: got {given!r}; give {allowed}")
     if not above < given < float("inf"):
         raise ValueError(f"{name}: got {given}; give {allowed}")
+
+
+def check_count(name: str, given: object) -> int:
+    """Refuses what is no positive integer."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{name}: got {given!r}; give an integer of at least 1")
+    if given < 1:
+        raise ValueError(f"{name}: got {given}; give an integer of at least 1")
+    return given
 
 
 def wide(X: Tensor) -> tuple[Tensor, bool]:
@@ -69,7 +78,11 @@ def restore(Y: Tensor, X: Tensor, tall: bool) -> Tensor:
 
 def per_matrix(c: float | Tensor, X: Tensor) -> Tensor:
     """A threshold as float64 [batch, 1, 1] for the matrices of X."""
-    values = torch.as_tensor(c, dtype=torch.float64, device=X.device)
+    if isinstance(c, Tensor):
+        values = c.to(X.device, torch.float64)
+    else:
+        # Filled on the device: a copy from the host would wait, and cannot be captured in a graph.
+        values = torch.full((), c, dtype=torch.float64, device=X.device)
     return values.expand(X.shape[:-2]).reshape(-1, 1, 1)
 
 

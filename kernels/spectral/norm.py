@@ -1,5 +1,7 @@
 """Spectral norms: Lanczos estimates from below, and bounds from above."""
 
+# Matrices have the papers' capital letters.
+# pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
 import torch

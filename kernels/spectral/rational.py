@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from .matrices import add_identity
 
-_LEAF = 64
+_LEAF = 128
 _EASY = 0.3
+_MOST = 24
 
 
 class Terms(NamedTuple):
@@ -91,26 +93,22 @@ def zolotarev(count: int, ratio: float) -> Terms:
 
 def fewest(ratio: float, tolerance: float) -> Terms:
     """As few terms as the tolerance allows."""
-    for count in range(1, 24):
-        terms = zolotarev(count, ratio)
-        if terms.error <= tolerance:
-            return terms
-    return terms
+    candidates = (zolotarev(count, ratio) for count in range(1, _MOST))
+    return next((terms for terms in candidates if terms.error <= tolerance), zolotarev(_MOST, ratio))
 
 
-def cholesky_inverse(A: Tensor) -> Tensor:
-    """The inverse of symmetric positive definite [batch, m, m], for any condition that the dtype bears."""
+def _by_lapack(A: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
 
 
 def inverse(A: Tensor) -> Tensor:
-    """The same for well-conditioned matrices, by halves: nearly all of it is matrix products.
+    """The inverse of symmetric positive definite [batch, m, m], by halves: nearly all is matrix products.
 
     Half of LAPACK's time at 1024 in float32. Its error grows with the square of the condition number.
     """
     m = A.shape[-1]
     if m <= _LEAF:
-        return cholesky_inverse(A)
+        return _by_lapack(A)
     h = m // 2
     first, B = inverse(A[:, :h, :h]), A[:, :h, h:]
     F = first @ B
@@ -124,13 +122,26 @@ def inverse(A: Tensor) -> Tensor:
     return out
 
 
+def _method(condition: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+    """By halves in the given dtype, or in float64, or by LAPACK where halves are too inaccurate for that."""
+    for work in (dtype, torch.float64):
+        if condition**2 * torch.finfo(work).eps < _EASY:
+            return inverse, work
+    return _by_lapack, torch.float64
+
+
 def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
     terms = fewest(ratio, tolerance)
-    total = torch.zeros_like(S)
-    for weight, shift in zip(terms.weights, terms.shifts, strict=True):
-        condition = (1 + shift) / (ratio**-2 + shift)
-        easy = condition**2 * torch.finfo(S.dtype).eps < _EASY
-        shifted = add_identity(S.clone(), shift)
-        total.add_(inverse(shifted) if easy else cholesky_inverse(shifted), alpha=weight * terms.constant)
-    return add_identity(total, terms.constant)
+    methods = [_method((1 + shift) / (ratio**-2 + shift), S.dtype) for shift in terms.shifts]
+    total = add_identity(torch.zeros_like(S), terms.constant)
+    for method in dict.fromkeys(methods):
+        invert, work = method
+        chosen = [i for i, found in enumerate(methods) if found == method]
+        shifts = torch.tensor([terms.shifts[i] for i in chosen], dtype=work)
+        weights = torch.tensor([terms.constant * terms.weights[i] for i in chosen], dtype=work)
+        # Terms together: threads wait for each other once a product, not once a term.
+        for matrix, result in zip(S.to(work), total, strict=True):
+            shifted = add_identity(matrix.repeat(len(chosen), 1, 1), shifts)
+            result.add_(torch.einsum("k,kij->ij", weights, invert(shifted)).to(total.dtype))
+    return total

@@ -5,6 +5,8 @@ Soft clipping is the upper block of the polar factor of ``[U; d I]``. Its iterat
 condition number hurts. The polynomials are the best for the interval, looked up on the device.
 """
 
+# Matrices have the papers' capital letters.
+# pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
 import functools
@@ -73,17 +75,14 @@ def soft_clip(
     steps = steps_for(2 * max_ratio, tolerance)
     R, square, scale, table = _scaled(add_identity(G.clone(), small**2), d, steps)
     cuts = [0, *(i for i, least in _RESTARTS.items() if i < steps and max_ratio > least), steps]
-    P = None
-    for begin, end in itertools.pairwise(cuts):
-        if begin:
-            assert P is not None
-            R, square = gram(U) + gram(P), None
-        Q = _segment(R, square, table[:, begin:end])
+    Q = _segment(R, square, table[:, : cuts[1]]).mul_(scale)
+    P = Q * small
+    for begin, end in itertools.pairwise(cuts[1:]):
+        U = torch.bmm(Q, U)
+        Q = _segment(gram(U) + gram(P), None, table[:, begin:end])
         if end < steps:
-            P = Q * (small * scale) if P is None else torch.bmm(Q, P)
-            U = torch.bmm(Q.mul_(scale) if begin == 0 else Q, U)
-    last = Q * (factor.to(Q.dtype) * (scale if len(cuts) == 2 else 1))
-    return torch.bmm(last, U).to(given)
+            P = torch.bmm(Q, P)
+    return torch.bmm(Q * factor.to(Q.dtype), U).to(given)
 
 
 def inverse_root(S: Tensor, lower: float) -> Tensor:

@@ -1,0 +1,328 @@
+"""``python -m bench newton_schulz``: times matrix functions of the optimizers beside those they replace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import _muon
+
+from fused_optim.kernels.spectral import products
+from fused_optim.spectral import orthogonalize, soft_clip
+
+from .machine import describe
+from .report import Table, show
+from .timing import Samples, Timed, interleave, ratio
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+SCHEMA = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NOTE = "On a CPU only ratios of medians within one run mean something: its memory and cores may be shared."
+
+
+@dataclass
+class Contender:
+    """Something to time, and what it is off by."""
+
+    label: str
+    call: Callable[[], Any]
+    error: Callable[[], float] | None = None
+
+
+@dataclass
+class Case:
+    """Contenders for the same work; ``limits`` bounds the first one's time by that of another."""
+
+    name: str
+    contenders: list[Contender]
+    limits: dict[str, float] = field(default_factory=dict)
+
+
+class Call(Timed):
+    """Times a function without arguments."""
+
+    def __init__(self, contender: Contender, device: torch.device) -> None:
+        super().__init__(contender.label, device)
+        self._function = contender.call
+
+    def call(self) -> None:
+        self._function()
+
+
+def released_soft_clip(X: Tensor, c: float, dtype: torch.dtype) -> Tensor:
+    """SPECTRA's ten coupled iterations on the Gram matrix, written from specs/04."""
+    Y = X.to(dtype)
+    S = Y @ Y.mT
+    bound = torch.minimum(S.abs().sum(-1).max(), torch.linalg.matrix_norm(S).max())
+    identity = torch.eye(S.shape[-1], dtype=dtype, device=X.device)
+    a = 1 + bound / c**2
+    root, inverse = (identity + S / c**2) / a, identity
+    for _ in range(10):
+        T = (3 * identity - inverse @ root) / 2
+        root, inverse = root @ T, T @ inverse
+    return ((inverse / a.sqrt()) @ Y).to(X.dtype)
+
+
+def _clipped(X: Tensor, c: float) -> Tensor:
+    """The definition, by eigenvalues in float64."""
+    Y = X.double()
+    values, vectors = torch.linalg.eigh(Y @ Y.mT)
+    return (vectors * (1 + values.clamp(min=0) / c**2).rsqrt().unsqueeze(-2)) @ (vectors.mT @ Y)
+
+
+def _polynomials(X: Tensor, steps: int) -> Tensor:
+    """Jordan's iteration in float64."""
+    Y = X.double() if X.shape[-2] <= X.shape[-1] else X.mT.double()
+    Y = Y / torch.linalg.matrix_norm(Y, keepdim=True)
+    for _ in range(steps):
+        A = Y @ Y.mT
+        Y = JORDAN[0] * Y + (JORDAN[1] * A + JORDAN[2] * A @ A) @ Y
+    return Y if X.shape[-2] <= X.shape[-1] else Y.mT
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return (torch.dist(found.double(), expected) / expected.norm()).item()
+
+
+def _decaying(rows: int, columns: int, decades: float, device: torch.device) -> Tensor:
+    """A Gaussian matrix whose rows fall in size over some decades: singular values do, too."""
+    falling = 10 ** (-decades * torch.linspace(0, 1, rows, device=device))
+    mixed = torch.linalg.qr(torch.randn(rows, rows, device=device)).Q
+    return mixed @ (falling[:, None] * torch.randn(rows, columns, device=device))
+
+
+def _torchs(X: Tensor) -> Tensor:
+    return _muon._zeropower_via_newtonschulz(X, JORDAN, 5, 1e-7)
+
+
+def _ours(X: Tensor, form: Any = "auto") -> Tensor:
+    return orthogonalize(X, "jordan", 5, form=form)
+
+
+def _one_by_one(batches: Sequence[Tensor]) -> None:
+    for X in batches:
+        for matrix in X:
+            _torchs(matrix)
+
+
+def _in_batches(batches: Sequence[Tensor], form: str) -> None:
+    for X in batches:
+        _ours(X, form)
+
+
+def _worst(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> float:
+    return max(_distance(function(X[0]), _polynomials(X[0], 5)) for X in batches)
+
+
+def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """All hidden matrices of a Llama: four d × d and three of d × d_ff a layer."""
+    d, d_ff, layers = args.width, 4 * args.width, args.layers
+    shapes = [(4 * layers, d, d), (3 * layers, d_ff, d)]
+    batches = [torch.randn(shape, device=device) for shape in shapes]
+    limits = {"torch.optim.Muon": 0.5 if device.type == "cuda" else 0.75}
+    cases = []
+    for name, chosen in {"all": batches, f"{d}x{d}": batches[:1], f"{d_ff}x{d}": batches[1:]}.items():
+        contenders = [
+            Contender(
+                label, partial(_in_batches, chosen, form), partial(_worst, partial(_ours, form=form), chosen)
+            )
+            for label, form in (("fused_optim", "auto"), ("fused_optim, standard form", "standard"))
+        ]
+        theirs = Contender("torch.optim.Muon", partial(_one_by_one, chosen), partial(_worst, _torchs, chosen))
+        cases.append(
+            Case(f"muon {name}, {layers} layers", [*contenders, theirs], limits if name == "all" else {})
+        )
+    return cases
+
+
+def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """Soft clipping against the released iterations in the same dtype, over ratios of the norm to c."""
+    cases = []
+    for rows, columns in args.sizes:
+        X = _decaying(rows, columns, 2, device)
+        norm = torch.linalg.matrix_norm(X, 2).item()
+        for name, dtype in DTYPES.items():
+            given = X.to(dtype)
+            for wanted in args.ratios:
+                c = norm / wanted
+                expected = _clipped(given, c)
+                limits = {"released": 1.0, **({"orthogonalize": 1.0} if device.type == "cuda" else {})}
+                contenders = [
+                    Contender(
+                        "fused_optim",
+                        lambda X=given, c=c: soft_clip(X, c),
+                        lambda X=given, c=c, e=expected: _distance(soft_clip(X, c), e),
+                    ),
+                    Contender(
+                        "released",
+                        lambda X=given, c=c, d=dtype: released_soft_clip(X, c, d),
+                        lambda X=given, c=c, d=dtype, e=expected: _distance(released_soft_clip(X, c, d), e),
+                    ),
+                    Contender("orthogonalize", lambda X=given: orthogonalize(X, "jordan", 5)),
+                ]
+                cases.append(Case(f"soft clip {rows}x{columns} {name}, ratio {wanted:g}", contenders, limits))
+    return cases
+
+
+def symmetric(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The three products against torch.matmul."""
+    cases = []
+    for n in args.products:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        A = torch.randn(1, n, n, device=device).to(dtype)
+        A = (A + A.mT) / n
+        limits = {"matmul": 1 / 1.6} if device.type == "cuda" else {}
+        matmul = Contender("matmul", lambda A=A: torch.matmul(A, A))
+        calls = {
+            "gram": lambda A=A: products.gram(A),
+            "polynomial": lambda A=A: products.polynomial(A, 2.0, 3.0),
+        }
+        for name, call in calls.items():
+            cases.append(Case(f"{name} {n}", [Contender("fused_optim", call), matmul], limits))
+        both = [Contender("fused_optim", lambda A=A: products.multiply_add(A, A, 2.0)), matmul]
+        cases.append(Case(f"multiply_add {n}", both))
+    return cases
+
+
+SUITES = {"muon": muon, "clip": clip, "products": symmetric}
+
+
+def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
+    """Times the contenders in turn; returns what goes into the JSON."""
+    calls = [Call(contender, device) for contender in case.contenders]
+    for call in calls:
+        call.call()
+    interleave(calls, rounds, budget, None, least=1)
+    rows = []
+    for contender, call in zip(case.contenders, calls, strict=True):
+        error = None if contender.error is None else float(f"{contender.error():.3g}")
+        ms = {
+            key: value if key == "n" else float(f"{value:.5g}") for key, value in call.time.summary().items()
+        }
+        rows.append({"label": contender.label, "ms": ms, "error": error})
+    times: dict[str, Samples] = {call.label: call.time for call in calls}
+    targets = []
+    for against, limit in case.limits.items():
+        found, q1, q3 = ratio(calls[0].time, times[against])
+        quartiles = [round(q1, 4), round(q3, 4)]
+        targets.append(
+            {
+                "against": against,
+                "limit": limit,
+                "measured": round(found, 4),
+                "quartiles": quartiles,
+                "met": found <= limit,
+            }
+        )
+    return {"name": case.name, "rounds": rounds, "rows": rows, "targets": targets}
+
+
+def table(record: dict[str, Any]) -> Table:
+    """One case for people: times, ratios to the first contender, errors."""
+    first = record["rows"][0]["ms"]["median"]
+    lines = []
+    for row in record["rows"]:
+        ms = row["ms"]
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        lines.append(
+            [
+                row["label"],
+                f"{ms['median']:.4g}",
+                f"{ms['min']:.4g}",
+                f"{ms['q1']:.4g}–{ms['q3']:.4g}",
+                f"{first / ms['median']:.3g}",
+                error,
+            ]
+        )
+    header = ["case", "median ms", "min", "q1–q3", "ours/this", "error"]
+    return Table(f"{record['name']}: {record['rounds']} rounds", header, lines)
+
+
+def targets(records: Sequence[dict[str, Any]]) -> Table:
+    """The figures to reach and what was reached."""
+    lines = [
+        [
+            record["name"],
+            target["against"],
+            f"≤ {target['limit']:.3g}",
+            f"{target['measured']:.3g}",
+            "–".join(f"{q:.3g}" for q in target["quartiles"]),
+            "yes" if target["met"] else "NO",
+        ]
+        for record in records
+        for target in record["targets"]
+    ]
+    header = ["case", "against", "target", "measured", "q1–q3 of rounds", "reached"]
+    return Table("Figures to reach (a ratio is our median time over the other's)", header, lines)
+
+
+def _size(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns or rows)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench newton_schulz", description=__doc__)
+    parser.add_argument("--suites", default=",".join(SUITES), help="comma-separated: " + ", ".join(SUITES))
+    parser.add_argument("--layers", type=int, default=12, help="layers of the Llama")
+    parser.add_argument("--width", type=int, default=1024, help="its width d; d_ff is four times that")
+    parser.add_argument("--sizes", type=_size, nargs="+", default=[(512, 512), (1024, 1024), (1024, 4096)])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[3.0, 30.0, 300.0, 1e4])
+    parser.add_argument("--products", type=int, nargs="+", help="sizes of the symmetric products")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file, written after every case")
+    parser.add_argument("--quick", action="store_true", help="tiny matrices, three rounds: does it run?")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the suites and returns what ``--out`` holds."""
+    device = torch.device(args.device)
+    if args.quick:
+        args.layers, args.width, args.sizes, args.products, args.rounds = 1, 64, [(48, 64)], [64], 3
+    if args.products is None:
+        args.products = [4096, 8192] if device.type == "cuda" else [1024]
+    torch.manual_seed(0)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "newton_schulz",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "quick": args.quick,
+        "machine": describe(device),
+        "cases": [],
+    }
+    for suite in args.suites.split(","):
+        for case in SUITES[suite](args, device):
+            result["cases"].append(measure(case, device, args.rounds, args.budget))
+            show(table(result["cases"][-1]))
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    unknown = sorted(set(args.suites.split(",")) - set(SUITES))
+    if unknown:
+        raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(SUITES)}")
+    result = run(args)
+    show(targets(result["cases"]))
+    if args.device == "cpu":
+        print(NOTE)
+    if args.quick:
+        print("--quick: tiny matrices and few rounds; these figures mean nothing.")
+    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
+    if args.device == "cpu" and load > 0.5 * cores:
+        print(f"The machine was not quiet: load average {load} on {cores} cores when the run started.")
+    return 0

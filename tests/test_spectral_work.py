@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from fused_optim.spectral import hard_clip, inverse_sqrt, orthogonalize, soft_cl
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 TORCHS = (3.4445, -4.7750, 2.0315)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices: threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _torchs_muon(X: Tensor, steps: int = 5) -> Tensor:

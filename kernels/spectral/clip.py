@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     d: Tensor
     factor: Tensor
 
-    def of(self, chosen: Tensor | slice) -> Problem:
+    def of(self, chosen: Tensor) -> Problem:
         """Some of the matrices."""
         return Problem(*(part[chosen] for part in self))
 
@@ -105,20 +105,21 @@ def _on_cpu(given: Problem, tolerance: float) -> Tensor:
     ratio = (1 + _largest(G) / given.d**2).sqrt().flatten()
     steps = (4 * ratio.log2()).ceil().clamp(min=1).nan_to_num(-1.0)
     steps[ratio**2 - 1 <= tolerance] = 0
+    groups = steps.unique().tolist()
+    if len(groups) == 1:
+        return _alike(given, G, groups[0], tolerance)
     H = torch.empty_like(given.U)
-    for step in steps.unique().tolist():
+    for step in groups:
         chosen = (steps == step).nonzero().flatten()
-        chosen = slice(None) if len(chosen) == len(H) else chosen
-        part = given.of(chosen)
-        if step > 0:
-            H[chosen] = _alike(part, G[chosen], 2.0 ** (step / 4), tolerance)
-        else:
-            H[chosen] = part.U * (part.factor / part.d).to(H.dtype) if step == 0 else torch.nan
+        H[chosen] = _alike(given.of(chosen), G[chosen], step, tolerance)
     return H
 
 
-def _alike(given: Problem, G: Tensor, ratio: float, tolerance: float) -> Tensor:
-    """Inverses where they bear the squared condition number, or products."""
+def _alike(given: Problem, G: Tensor, step: float, tolerance: float) -> Tensor:
+    """Inverses where they bear the squared condition number, or products; steps below one are exceptions."""
+    if step < 1:
+        return given.U * (given.factor / given.d if step == 0 else torch.nan * given.d).to(given.U.dtype)
+    ratio = 2.0 ** (step / 4)
     finest = tolerance * _ROUNDING / ratio**2
     few = G.shape[-1] < _INVERSES_FROM[given.U.dtype]
     if ratio > _EXTREME:

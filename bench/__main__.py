@@ -17,11 +17,7 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
-<<<<<<< HEAD
         lines = [f"  {name:<17}{text}" for name, text in COMMANDS.items()]
-=======
-        lines = [f"  {name:<15}{text}" for name, text in COMMANDS.items()]
->>>>>>> engine
         print("usage: python -m bench COMMAND [options]", *lines, sep="\n")
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     return importlib.import_module(f"bench.{argv[0]}").main(argv[1:]) or 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import _muon
 
+import fused_optim
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
@@ -143,6 +144,27 @@ def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
+class Steps:
+    """An optimizer over all those matrices, with gradients that it shares with the others."""
+
+    def __init__(self, cls: Any, gradients: Sequence[Tensor]) -> None:
+        params = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        self.step = cls(params, lr=1e-3).step
+
+
+def whole_step(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """``step()`` itself: momentum, matrices, weight decay and parameters in fp32."""
+    d, d_ff, layers = args.width, 4 * args.width, args.layers
+    layer = [(d, d)] * 4 + [(d_ff, d), (d_ff, d), (d, d_ff)]
+    gradients = [torch.randn(shape, device=device) for shape in layer * layers]
+    limit = 0.5 if device.type == "cuda" else 0.75
+    classes = {"fused_optim.Muon": fused_optim.Muon, "torch.optim.Muon": torch.optim.Muon}
+    contenders = [Contender(label, Steps(cls, gradients).step) for label, cls in classes.items()]
+    return [Case(f"Muon.step(), {layers} layers of {d}", contenders, {"torch.optim.Muon": limit})]
+
+
 def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """Soft clipping against the released iterations in the same dtype, over ratios of the norm to c."""
     cases = []
@@ -192,7 +214,7 @@ def symmetric(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-SUITES = {"muon": muon, "clip": clip, "products": symmetric}
+SUITES = {"muon": muon, "step": whole_step, "clip": clip, "products": symmetric}
 
 
 def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:

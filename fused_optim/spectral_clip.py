@@ -25,6 +25,11 @@ from .kernels.spec import Hyper
 from .matrix_functions import soft_clip
 
 
+# Of a spectral norm to its threshold, up to which a GPU takes enough steps: a Gaussian update of 8192 rows and
+# columns has a norm of 180, one of rank one 8192.
+_MAX_RATIO = 1e3
+
+
 def _cos(x: Any) -> Any:
     return torch.cos(x) if isinstance(x, Tensor) else math.cos(x)
 
@@ -203,11 +208,11 @@ class _Clip(WholeMatrices):
         )
 
     def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
-        return soft_clip(g, scalars[1])
+        return soft_clip(g, scalars[1], max_ratio=_MAX_RATIO)
 
     def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
         if self.post is None:
             return u
         m, n = u.shape[-2:]
         # A vector, though its matrix has one row, is not scaled, and a tall one has no columns to speak of.
-        return soft_clip(u, scalars[0]).mul_(max(1.0, m / n) ** 0.5)
+        return soft_clip(u, scalars[0], max_ratio=_MAX_RATIO).mul_(max(1.0, m / n) ** 0.5)

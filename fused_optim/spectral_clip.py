@@ -24,9 +24,8 @@ from .cuts import (
 from .kernels.spec import Hyper
 from .matrix_functions import soft_clip
 
-
-# Of a spectral norm to its threshold, up to which a GPU takes enough steps: a Gaussian update of 8192 rows and
-# columns has a norm of 180, one of rank one 8192.
+# Of a spectral norm to its threshold, up to which a GPU takes enough steps: an update of ones in every entry
+# of 8192 rows and columns has a norm of 8192, a Gaussian one of 180.
 _MAX_RATIO = 1e3
 
 

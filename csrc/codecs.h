@@ -153,9 +153,10 @@ struct bf16_split8 : EachForItself {
 }  // namespace
 
 // Those of gradients, the further ones of parameters and states, and those of states only.
-#define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16) CODEC(blank)
+#define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16)
 #define FO_SPLIT_CODECS(CODEC) \
-  CODEC(bf16_sr) CODEC(bf16_kahan) CODEC(fp16_kahan) CODEC(bf16_split16) CODEC(bf16_split8)
+  CODEC(bf16_sr)               \
+  CODEC(bf16_kahan) CODEC(fp16_kahan) CODEC(bf16_split16) CODEC(bf16_split8) CODEC(blank)
 #define FO_BLOCK_CODECS(CODEC) \
   CODEC(int8)                  \
   CODEC(int8_unsigned)         \

@@ -119,10 +119,8 @@ struct Single {
 
 template <Direction direction, class Where>
 FO_INLINE void move(const Slot& slot, const Where& where, Words<Where::COUNT>& words) {
-  with_plain(slot.codec, [&](auto c) {
-    if (direction == FETCH && c.write_only) return;
-    where.template plane<direction, c.bits(0) / 8>(slot.planes[0], words.word);
-  });
+  with_plain(slot.codec,
+             [&](auto c) { where.template plane<direction, c.bits(0) / 8>(slot.planes[0], words.word); });
 }
 
 // Elements of a block in one round of Groups, and of a block.

@@ -153,8 +153,8 @@ class Muon(FusedOptimizer):
     """
 
     _unknown_to_torch = frozenset(
-        {"step", "maximize", "capturable", "betas", "decoupled_weight_decay", "beta2", "radius", "ns_dtype"}
-        | {"algorithm", "split", "workspace_bytes"}
+        {"step", "maximize", "capturable", "differentiable", "betas", "decoupled_weight_decay"}
+        | {"algorithm", "split", "workspace_bytes", "ns_dtype", "beta2", "radius"}
     )
     _planned_options = (
         *("algorithm", "ns_coefficients", "ns_steps", "adjust_lr_fn", "split", "workspace_bytes"),
@@ -211,6 +211,7 @@ class Muon(FusedOptimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "maximize": maximize,
             "capturable": capturable,
+            "differentiable": False,
             "ns_dtype": ns_dtype,
             "beta2": beta2,
             "radius": radius,

@@ -106,11 +106,11 @@ def stored_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The largest singular value of every matrix."""
+    """The largest singular value of every matrix, NaN for those that are not finite."""
+    matrices = {name: p.detach().float() for name, p in model.named_parameters() if p.ndim == 2}
     return {
-        name: torch.linalg.matrix_norm(p.detach().float(), 2).item()
-        for name, p in model.named_parameters()
-        if p.ndim == 2
+        name: torch.linalg.matrix_norm(p, 2).item() if p.isfinite().all() else math.nan
+        for name, p in matrices.items()
     }
 
 

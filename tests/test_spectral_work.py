@@ -182,5 +182,5 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     assert {target["against"] for target in cases["muon all, 1 layers"]["targets"]} == {"torch.optim.Muon"}
     ours, theirs, _ = cases["soft clip 48x64 fp32, ratio 30"]["rows"]
     assert ours["error"] < 1e-4 < theirs["error"] and ours["ms"]["n"] == 3
-    with pytest.raises(SystemExit, match="unknown suites x; known: muon, clip, products"):
+    with pytest.raises(SystemExit, match="unknown suites x; known: muon, step, clip, products"):
         newton_schulz_bench.main(["--suites", "x"])

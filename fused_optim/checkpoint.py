@@ -34,9 +34,13 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         sharded = index in places and storage.is_dtensor(places[index][2])
         kept = _without_blocks(optimizer, *places[index]) if sharded else entry
         state[index] = {key: value.clone() if key == "step" else value for key, value in kept.items()}
-    # A function cannot be saved safely, and a checkpoint does not decide about storage anyway.
+    # Functions and objects cannot be saved safely, and loading keeps an optimizer's own anyway.
     groups = [
-        {key: value for key, value in group.items() if key != "spectral" and not callable(value)}
+        {
+            key: value
+            for key, value in group.items()
+            if key != "spectral" and (key != "keep_fp32" or not callable(value))
+        }
         for group in state_dict["param_groups"]
     ]
     own = {"format": FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}

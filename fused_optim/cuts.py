@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from .kernels.layout import memory_order
 from .kernels.spec import Per
+from .storage import is_dtensor
 
 Split: TypeAlias = "Mapping[str, int | Sequence[int]]"
 """From name patterns to how many equal matrices lie below each other, or to the rows of each."""
@@ -85,7 +87,7 @@ class WholeMatrices:
         if batch.ndim == 4:
             return [batch]
         if batch.ndim > 4:
-            order = sorted(range(2, batch.ndim), key=batch.stride, reverse=True)
+            order = [dim for dim in memory_order(batch) if dim > 1]
             matrix = batch.permute(0, 1, *order).flatten(2)
             assert matrix.data_ptr() == batch.data_ptr()
             return [matrix]
@@ -99,7 +101,7 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
         ValueError: complex, float64 or sharded parameters, convolutions whose outputs are not outermost in
             memory, rows that do not add up.
     """
-    if type(param).__name__ == "DTensor":
+    if is_dtensor(param):
         raise ValueError(
             f"{name} is a DTensor: its matrices are not whole on this rank; leave it out of the spectral "
             "option, or train it without sharding"

@@ -50,14 +50,14 @@ def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | Non
     a number close to zero, so that nothing cancels.
     """
     lr, kept = _column(lr), 1 - _column(decay)
-    norm = _norm(p) * kept
+    norm, size = _norm(p) * kept, _norm(u)
     start = torch.where(norm > 0, norm, float(p.shape[-2]) ** 0.5)
     if radius is not None:
         radius.copy_(torch.where(radius > 0, radius, start))
         start = radius.double()
-    step = lr * start / _norm(u).clamp(min=eps)
+    step = lr * start / size.clamp(min=eps)
     inner = (p.double() * u).sum((-2, -1), keepdim=True)
-    after = (norm**2 - 2 * kept * step * inner + (step * _norm(u)) ** 2).clamp(min=0).sqrt()
+    after = (norm**2 - 2 * kept * step * inner + (step * size) ** 2).clamp(min=0).sqrt()
     # A matrix that the step would bring to zero stays where it is.
     scale = torch.where(after > 0, start / after, 1.0)
     return torch.addcmul(p * (1 - scale * kept).float(), u, (scale * step).float())

@@ -15,17 +15,14 @@ from typing_extensions import Unpack
 from .cuts import WORKSPACE_BYTES, Split, WholeMatrices, check_matrices, rows_of_parts
 from .hypersphere import RADIUS, along_sphere
 from .kernels.matrix import MatrixCut
-from .kernels.rules import MUON, RULES
 from .kernels.spec import Hyper, Per, Rule
 from .matrix_functions import orthogonalize
-from .newton_schulz import SCALES, triples
+from .newton_schulz import ALGORITHMS, SCALES, triples
 from .optimizer import FusedOptimizer
 from .options import Options
 
 NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
 """Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""
-
-_RULES = {"adamw": "adam", "lion": "lion"}
 
 
 @dataclass(frozen=True)
@@ -232,8 +229,7 @@ class Muon(FusedOptimizer):
             ValueError: an option out of range, or a parameter that its algorithm cannot update.
             TypeError: a value or a tensor of a type that no rule updates.
         """
-        whole = self._others is None or not isinstance(param_group, dict) or "algorithm" in param_group
-        if whole or isinstance(param_group["params"], set):
+        if self._stays_whole(param_group):
             super().add_param_group(param_group)
             return
         count, (hidden, rest) = len(self.param_groups), self._sorted(param_group["params"])
@@ -247,6 +243,12 @@ class Muon(FusedOptimizer):
         except (TypeError, ValueError, RuntimeError):
             del self.param_groups[count:]
             raise
+
+    def _stays_whole(self, group: Any) -> bool:
+        """Whether a group is not to be divided; torch says what is wrong with one that is no dict."""
+        if self._others is None or not isinstance(group, dict) or "algorithm" in group:
+            return True
+        return isinstance(group["params"], set)
 
     def _sorted(self, params: Any) -> tuple[list[Any], list[Any]]:
         """Hidden matrices, then all others, as they were given."""
@@ -262,7 +264,7 @@ class Muon(FusedOptimizer):
         return {**super().__getstate__(), "_hidden": self._hidden, "_others": self._others}
 
     def _rule(self, group: Mapping[str, Any]) -> Rule:
-        return MUON if group["algorithm"] == "muon" else RULES[_RULES[group["algorithm"]]]
+        return ALGORITHMS[group["algorithm"]]
 
     def _cut(self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor) -> MatrixCut | None:
         if group["algorithm"] != "muon":

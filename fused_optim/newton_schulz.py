@@ -9,6 +9,8 @@ import torch
 
 from .cuts import check_shared
 from .hypersphere import check_radius
+from .kernels.rules import MUON, RULES
+from .kernels.spec import Rule
 from .kernels.spectral.coefficients import schedule
 
 SCALES: Mapping[str, Callable[[int, int], float]] = {
@@ -17,6 +19,10 @@ SCALES: Mapping[str, Callable[[int, int], float]] = {
     "spectral_unclamped": lambda m, n: (m / n) ** 0.5,
 }
 """What ``adjust_lr_fn`` may be: factors for a matrix of m rows and n columns."""
+
+
+ALGORITHMS: Mapping[str, Rule] = {"muon": MUON, "adamw": RULES["adam"], "lion": RULES["lion"]}
+"""The rules that groups of one optimizer may follow."""
 
 
 def triples(coefficients: Sequence[Any]) -> Sequence[Sequence[float]]:
@@ -50,6 +56,6 @@ def check_newton_schulz(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid beta2: {beta2}; it must be in [0, 1), or None")
     if group["radius"] is not None:
         check_radius(group["radius"])
-    if group["algorithm"] not in ("muon", "adamw", "lion"):
-        raise ValueError(f"algorithm={group['algorithm']!r} is unknown; allowed: muon, adamw, lion")
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"algorithm={group['algorithm']!r} is unknown; allowed: {', '.join(ALGORITHMS)}")
     check_shared(group["split"], group["workspace_bytes"])

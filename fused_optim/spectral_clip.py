@@ -114,6 +114,11 @@ class ClipSchedule:
         return threshold * factor
 
 
+def _check_schedule(schedule: Any) -> None:
+    if not isinstance(schedule, ClipSchedule):
+        raise TypeError(f"schedule must be a ClipSchedule, got {schedule!r}")
+
+
 @dataclass(frozen=True)
 class SpectralClip:
     """Softly bounds the singular values of updates (SPECTRA) and, if asked, of gradients.
@@ -175,8 +180,7 @@ class SpectralClip:
                 raise ValueError(f"{name}={value} must be positive and finite, or None for no clipping")
         if self.post is None and self.pre is None:
             raise ValueError("SpectralClip(post=None, pre=None) clips nothing; leave spectral=None instead")
-        if not isinstance(self.schedule, ClipSchedule):
-            raise TypeError(f"schedule must be a ClipSchedule, got {self.schedule!r}")
+        _check_schedule(self.schedule)
         check_apply_to(self.apply_to)
         check_shared(self.split, self.workspace_bytes)
 

@@ -60,6 +60,14 @@ def _is_stored_as(entry: Mapping[str, Any], key: str, codec: Codec) -> bool:
     )
 
 
+def _check_shape(name: str, key: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"state {key!r} of {name} has shape {tuple(value.shape)} in the state dict, "
+            f"expected {shape}: it belongs to another model or is damaged"
+        )
+
+
 def _copy(
     name: str, entry: Mapping[str, Any], param: Tensor, key: str, planes: Sequence[Plane]
 ) -> dict[str, Tensor]:
@@ -71,11 +79,7 @@ def _copy(
     state: dict[str, Tensor] = {}
     for plane in planes:
         value, shape = entry[key + plane.suffix], plane_shape(plane, param)
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"state {key + plane.suffix!r} of {name} has shape {tuple(value.shape)} in the state dict, "
-                f"expected {shape}: it belongs to another model or is damaged"
-            )
+        _check_shape(name, key + plane.suffix, value, shape)
         if plane.suffix == ".scale" and not value.isfinite().all():
             raise ValueError(
                 f"state {key + plane.suffix!r} of {name} is NaN or infinite in the state dict: training had "
@@ -175,11 +179,7 @@ def load(
     if param_keys and found >= param_keys:
         state |= _copy(name, entry, param, "param", now.param.planes[1:])
     for key, shape in shared.items():
-        if tuple(entry[key].shape) != shape:
-            raise ValueError(
-                f"state {key!r} of {name} has shape {tuple(entry[key].shape)} in the state dict, expected "
-                f"{shape}: it belongs to another model or is damaged"
-            )
+        _check_shape(name, key, entry[key], shape)
         state[key] = entry[key].detach().to(param.device, torch.float32, copy=True)
     for slot, source, codec in zip(rule.slots, sources, now.states, strict=True):
         if saved is not None and source is None:

@@ -197,13 +197,12 @@ class Bucket(Launch):
         self._control, self._prepared = control, []
         if not self.launched:
             return
-        random = any(launch.random for launch in self.launches())
         if self.steps_on_device:
             steps = self.steps + (1.0 if control.active is None else control.active)
             for group, part in self._group_parts():
                 hyper = row_tools.resolve(groups[group], self.device)
                 values = self.rows_of(hyper, steps[part].double(), control.g_scales[group])
-                self._prepared.append((part, values, hyper["seed"] if random else 0))
+                self._prepared.append((part, values, hyper["seed"]))
             return
         for row, (group, step) in enumerate(self.cohorts):
             hyper, g_scale = row_tools.resolve(groups[group]), control.g_scales[group]

@@ -22,10 +22,12 @@ from .control import Control
 from .launch import Key, Launch, Operands
 from .layout import flat, layout_of, walked
 from .reference.codecs import CODECS as DECODERS
-from .rules import ADD, RULES
+from .rules import RULES
 from .spec import Hyper, Per, Rule
 
 FP32 = CODECS["fp32"]
+MOVE = RULES["sgd"]
+"""Subtracts a multiple of what it is given; with -1 it copies gradients to a blank place."""
 
 
 class MatrixCut(Protocol):
@@ -117,10 +119,10 @@ class MatrixBucket(Bucket):
         first = key
         if self.cut.reads_gradients() or self._couples_l2:
             further.append(_launch(key._replace(grad=FP32), in_place_of_params, updates))
-            first = key._replace(rule=RULES["sgd"], states=())
+            first = key._replace(rule=MOVE, states=())
             in_place_of_params = [operands._replace(states=[]) for operands in in_place_of_params]
         moved = [operands._replace(states=[]) for operands in own]
-        further.append(_launch(members[0].key._replace(rule=ADD, grad=FP32, states=()), moved, updates))
+        further.append(_launch(members[0].key._replace(rule=MOVE, grad=FP32, states=()), moved, updates))
         strided = any(not operands.layout.flat for operands in in_place_of_params)
         super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
         for launch in further:
@@ -189,11 +191,11 @@ class MatrixBucket(Bucket):
                 self._add_decay(l2)
             self.driver.step(moments[0])
         params = self._values() if self.cut.reads_params() else None
-        before = [shared.clone() for shared in self._shared]
+        active = self._control.active
+        before = [shared.clone() for shared in self._shared] if isinstance(active, Tensor) else []
         self._transform(self.cut.update, scalars, params)
-        if isinstance(active := self._control.active, Tensor):
-            for shared, old in zip(self._shared, before, strict=True):
-                shared.copy_(torch.where(active, shared, old))
+        for shared, old in zip(self._shared, before, strict=False):
+            shared.copy_(torch.where(active, shared, old))
         self.driver.step(add)
 
     def _values(self) -> Tensor:

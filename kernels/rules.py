@@ -55,12 +55,8 @@ def _muon(h: Hyper, t: Any) -> tuple[Any, ...]:
     return 0.0, momentum, 1 - momentum, *looking_ahead, h["lr"]
 
 
-def _add(h: Hyper, t: Any) -> tuple[Any, ...]:
-    return 0.0, h["lr"], h["lr"] * h["weight_decay"]
-
-
 _ADAM = ("l2", "w1", "b2", "w2", "c2", "eps", "step_size", "decay")
-_SGD, _MOMENTUM = ("l2", "lr", "decay"), ("l2", "mu", "w", "ng", "nb", "lr")
+_MOMENTUM = ("l2", "mu", "w", "ng", "nb", "lr")
 _BUFFER = Slot("momentum_buffer")
 _M, _V, _VMAX = Slot("exp_avg"), Slot("exp_avg_sq", signed=False), Slot("max_exp_avg_sq", signed=False)
 
@@ -70,13 +66,10 @@ RULES: dict[str, Rule] = {
         Rule("adam", (_M, _V), _ADAM, _adam),
         Rule("adam_amsgrad", (_M, _V, _VMAX), _ADAM, _adam),
         Rule("lion", (_M,), ("b1", "w1", "b2", "w2", "lr", "decay"), _lion),
-        Rule("sgd", (), _SGD, _sgd),
+        Rule("sgd", (), ("l2", "lr", "decay"), _sgd),
         Rule("sgd_momentum", (_BUFFER,), _MOMENTUM, _sgd_momentum),
     )
 }
 
 MUON = Rule("sgd_momentum", (_BUFFER,), _MOMENTUM, _muon)
 """Muon's momentum is an average; its kernel is heavy ball's."""
-
-ADD = Rule("sgd", (), _SGD, _add)
-"""Moves a parameter by a given update: what remains of any rule whose update was a matrix in between."""

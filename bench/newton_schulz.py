@@ -20,13 +20,12 @@ from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
 from .machine import describe
-from .report import Table, show
-from .timing import Samples, Timed, interleave, ratio
+from .report import Table, rounded, show, show_circumstances, target_table
+from .timing import Call, Samples, interleave, ratio
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 SCHEMA = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NOTE = "On a CPU only ratios of medians within one run mean something: its memory and cores may be shared."
 
 
 @dataclass
@@ -45,17 +44,6 @@ class Case:
     name: str
     contenders: list[Contender]
     limits: dict[str, float] = field(default_factory=dict)
-
-
-class Call(Timed):
-    """Times a function without arguments."""
-
-    def __init__(self, contender: Contender, device: torch.device) -> None:
-        super().__init__(contender.label, device)
-        self._function = contender.call
-
-    def call(self) -> None:
-        self._function()
 
 
 def released_soft_clip(X: Tensor, c: float, dtype: torch.dtype) -> Tensor:
@@ -219,17 +207,14 @@ SUITES = {"muon": muon, "step": whole_step, "clip": clip, "products": symmetric}
 
 def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
     """Times the contenders in turn; returns what goes into the JSON."""
-    calls = [Call(contender, device) for contender in case.contenders]
+    calls = [Call(contender.label, device, contender.call) for contender in case.contenders]
     for call in calls:
         call.call()
     interleave(calls, rounds, budget, None, least=1)
     rows = []
     for contender, call in zip(case.contenders, calls, strict=True):
         error = None if contender.error is None else float(f"{contender.error():.3g}")
-        ms = {
-            key: value if key == "n" else float(f"{value:.5g}") for key, value in call.time.summary().items()
-        }
-        rows.append({"label": contender.label, "ms": ms, "error": error})
+        rows.append({"label": contender.label, "ms": rounded(call.time.summary()), "error": error})
     times: dict[str, Samples] = {call.label: call.time for call in calls}
     targets = []
     for against, limit in case.limits.items():
@@ -237,6 +222,7 @@ def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dic
         quartiles = [round(q1, 4), round(q3, 4)]
         targets.append(
             {
+                "kind": "ratio",
                 "against": against,
                 "limit": limit,
                 "measured": round(found, 4),
@@ -266,24 +252,6 @@ def table(record: dict[str, Any]) -> Table:
         )
     header = ["case", "median ms", "min", "q1–q3", "ours/this", "error"]
     return Table(f"{record['name']}: {record['rounds']} rounds", header, lines)
-
-
-def targets(records: Sequence[dict[str, Any]]) -> Table:
-    """The figures to reach and what was reached."""
-    lines = [
-        [
-            record["name"],
-            target["against"],
-            f"≤ {target['limit']:.3g}",
-            f"{target['measured']:.3g}",
-            "–".join(f"{q:.3g}" for q in target["quartiles"]),
-            "yes" if target["met"] else "NO",
-        ]
-        for record in records
-        for target in record["targets"]
-    ]
-    header = ["case", "against", "target", "measured", "q1–q3 of rounds", "reached"]
-    return Table("Figures to reach (a ratio is our median time over the other's)", header, lines)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -339,12 +307,6 @@ def main(argv: list[str]) -> int:
     if unknown:
         raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(SUITES)}")
     result = run(args)
-    show(targets(result["cases"]))
-    if args.device == "cpu":
-        print(NOTE)
-    if args.quick:
-        print("--quick: tiny matrices and few rounds; these figures mean nothing.")
-    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
-    if args.device == "cpu" and load > 0.5 * cores:
-        print(f"The machine was not quiet: load average {load} on {cores} cores when the run started.")
+    show(target_table(result["cases"]))
+    show_circumstances(result, args.device)
     return 0

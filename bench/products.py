@@ -22,7 +22,7 @@ from torch import Tensor
 from fused_optim.kernels.triton import product_shapes, products
 
 from .machine import describe
-from .timing import Sweep, Timed, interleave, ratio
+from .timing import Call, Sweep, interleave, ratio
 
 CHECKED_ROWS = 128
 A, B, C = 2.0, 0.5, -0.25
@@ -54,17 +54,6 @@ NEWTON_SCHULZ = [
     *(Case("multiply_add", 1, m, n) for m, n in ((2048, 5504), (4096, 11008))),
 ]
 FP32 = [Case(product, 1, 4096, 4096, torch.float32) for product in ("gram", "multiply_add")]
-
-
-class Product(Timed):
-    """One way to compute a case."""
-
-    def __init__(self, label: str, device: torch.device, call: Callable[[], object]) -> None:
-        super().__init__(label, device)
-        self._call = call
-
-    def call(self) -> None:
-        self._call()
 
 
 def _inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,7 +118,7 @@ def measure(case: Case, device: torch.device, rounds: int, budget_s: float) -> d
     X, S = _inputs(case, device)
     calls = _calls(case, X, S)
     errors = _check(case, X, S, iter(calls))
-    timed = [Product(name, device, call) for name, call in zip(("ours", "torch"), calls, strict=True)]
+    timed = [Call(name, device, call) for name, call in zip(("ours", "torch"), calls, strict=True)]
     interleave(timed, rounds, budget_s, Sweep(device))
     ours, theirs = timed
     speedup, q1, q3 = ratio(theirs.time, ours.time)

@@ -15,6 +15,10 @@ Record = dict[str, Any]
 _TEXT = ("optimizer", "case", "against", "ran")
 
 
+NOTE = "On a CPU only ratios of medians within one run mean something: its memory and cores may be shared."
+QUICK = "--quick: tiny tensors and few rounds; these figures mean nothing."
+
+
 class Table(NamedTuple):
     """Lines of text cells under a header."""
 
@@ -23,7 +27,7 @@ class Table(NamedTuple):
     lines: list[list[str]]
 
 
-def _round(values: dict[str, float | int]) -> dict[str, float | int]:
+def rounded(values: dict[str, float | int]) -> dict[str, float | int]:
     return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in values.items()}
 
 
@@ -49,11 +53,11 @@ def _row(row: Row, copy_gbps: float, samples: bool) -> Record:
     if run is None:
         return record
     gbps = _gbps(run, row.facts["bytes_per_parameter"] * run.elements)
-    record |= {"ms": _round(run.time.summary()), "gb_per_s": round(gbps, 2)}
+    record |= {"ms": rounded(run.time.summary()), "gb_per_s": round(gbps, 2)}
     record["percent_of_copy"] = round(100 * gbps / copy_gbps, 1)
     if run.host.by_round:
-        record["host_us"] = _round({k: v if k == "n" else 1e3 * v for k, v in run.host.summary().items()})
-        record["wall_ms"] = _round(run.wall.summary())
+        record["host_us"] = rounded({k: v if k == "n" else 1e3 * v for k, v in run.host.summary().items()})
+        record["wall_ms"] = rounded(run.wall.summary())
     if samples:
         record["samples_ms"] = {round_: float(f"{ms:.5g}") for round_, ms in run.time.by_round.items()}
     return record
@@ -172,6 +176,17 @@ def variant_table(cases: Sequence[Record]) -> Table:
         found.append((case["name"], cells))
     lines = [[name, *(cells.get(column, "") for column in columns)] for name, cells in found]
     return Table("Backends and arithmetics: median ms (percent of a copy)", ["case", *columns], lines)
+
+
+def show_circumstances(result: Record, device: str) -> None:
+    """Prints what figures depend on: a shared CPU, a trial run, other work on the machine."""
+    if device == "cpu":
+        print(NOTE)
+    if result["quick"]:
+        print(QUICK)
+    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
+    if device == "cpu" and load > 0.5 * cores:
+        print(f"The machine was not quiet: load average {load} on {cores} cores when the run started.")
 
 
 def show(table: Table) -> None:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -23,6 +20,7 @@ from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Codec, Slot, bytes_moved
 from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
 
+from .compiled import run, triton_version, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
 
 CAPABILITIES = (80, 90, 100)
@@ -243,13 +241,6 @@ def report(job: Job) -> Report:
     )
 
 
-def run(jobs: list[Job], workers: int | None = None) -> list[Report]:
-    """Reports in the order of the jobs, compiled by several processes."""
-    workers = workers or len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(report, jobs, chunksize=1)
-
-
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
@@ -277,18 +268,12 @@ def main(argv: list[str]) -> int:
     selection.add_argument("--every", action="store_true", help="every storage of every tensor (hours)")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled. Unset it")
-    try:
-        import triton
-    except ImportError as error:
-        parser.error(f"Triton cannot be imported ({error}): pip install 'triton>=3.6'")
+    version = triton_version(parser)
     jobs = every_job(options.sm, options.rule) if options.every else main_jobs(options.sm, options.rule)
-    reports = run(quick_jobs() if options.quick else jobs, options.workers)
+    reports = run(report, quick_jobs() if options.quick else jobs, options.workers)
     print(table(reports))
     if options.out:
-        kernels = [asdict(r) | {"share": r.share} for r in reports]
-        options.out.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
+        write(options.out, version, [asdict(r) | {"share": r.share} for r in reports])
     return 0
 
 

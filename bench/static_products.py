@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
-import json
-import multiprocessing
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -22,6 +19,7 @@ from typing import Any, NamedTuple
 from fused_optim.kernels.triton import product_shapes
 from fused_optim.kernels.triton.product_shapes import Shape
 
+from .compiled import run, triton_version, write
 from .machine_code import Instruction, disassemble, instructions
 
 CAPABILITIES = (80, 90, 100)
@@ -208,15 +206,6 @@ def report(job: Job) -> Report:
     )
 
 
-def run(jobs: list[Job], workers: int | None = None) -> list[Report]:
-    """Reports in the order of the jobs, compiled by several processes or, if it is one, by this."""
-    workers = workers or len(os.sched_getaffinity(0))
-    if workers == 1:
-        return list(map(report, jobs))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(report, jobs, chunksize=1)
-
-
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
@@ -256,17 +245,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="just what the tests compile")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled. Unset it")
-    try:
-        import triton
-    except ImportError as error:
-        parser.error(f"Triton cannot be imported ({error}): pip install 'triton>=3.6'")
-    reports = run(quick_jobs() if options.quick else jobs(options.sm), options.workers)
+    version = triton_version(parser)
+    reports = run(report, quick_jobs() if options.quick else jobs(options.sm), options.workers)
     print(table(reports), triangles(), sep="\n\n")
     if options.out:
-        kernels = [asdict(r) for r in reports]
-        options.out.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1))
+        write(options.out, version, [asdict(r) for r in reports])
     return 0
 
 

@@ -16,12 +16,10 @@ from fused_optim.kernels.rules import RULES
 from .cases import SUITES, Case, suite
 from .machine import describe
 from .peers import PEERS
-from .report import case_record, case_table, show, target_table, variant_table
+from .report import case_record, case_table, show, show_circumstances, target_table, variant_table
 from .run import free, measure
 from .shapes import parse, shrink
 
-NOTE = "On a CPU only ratios of medians within one run mean something: its memory and cores may be shared."
-QUICK = "--quick: tiny tensors and few rounds; these figures mean nothing."
 SCHEMA = 1
 
 
@@ -139,13 +137,7 @@ def main(argv: list[str]) -> int:
         show(variant_table(result["cases"]))
     if result["left_out"]:
         print(f"left out for lack of time: {', '.join(result['left_out'])}")
-    if args.device == "cpu":
-        print(NOTE)
-    if args.quick:
-        print(QUICK)
-    load, cores = result["machine"]["load_average"], result["machine"]["cores"]
-    if args.device == "cpu" and load > 0.5 * cores:
-        print(f"The machine was not quiet: load average {load} on {cores} cores when the run started.")
+    show_circumstances(result, args.device)
     wrong = [
         row["label"]
         for case in result["cases"]

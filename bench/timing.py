@@ -123,6 +123,17 @@ class Timed(ABC):
         self.time.by_round[round_] = start.elapsed_time(stop)
 
 
+class Call(Timed):
+    """A function without arguments."""
+
+    def __init__(self, label: str, device: torch.device, function: Callable[[], object]) -> None:
+        super().__init__(label, device)
+        self._function = function
+
+    def call(self) -> None:
+        self._function()
+
+
 class Copy(Timed):
     """The ceiling: a plain copy, counted as bytes read plus bytes written."""
 

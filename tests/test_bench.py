@@ -173,7 +173,7 @@ def test_command_writes_json_and_prints_targets(tmp_path: Path, capsys: pytest.C
     (target,) = case["targets"]
     assert target["limit"] == 0.78 and target["measured"] > 0
     printed = capsys.readouterr().out
-    assert "0.78" in printed and step.NOTE in printed and step.QUICK in printed
+    assert "0.78" in printed and report.NOTE in printed and report.QUICK in printed
 
 
 def test_a_deadline_names_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:

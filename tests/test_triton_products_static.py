@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.compiling import compiled
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
 TENSOR = {80: "mma.", 90: "wgmma.mma_async.", 100: "tcgen05.mma"}
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Compiled in another process: this one may use the interpreter."""
-    folder = tmp_path_factory.mktemp("static")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    options = ["--quick", "--workers", "1", "--out", str(folder / "out.json")]
-    command = [sys.executable, "-m", "bench", "static_products", *options]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads((folder / "out.json").read_text())["kernels"]
+    return compiled(tmp_path_factory.mktemp("static"), "static_products", "--workers", "1")
 
 
 def _named(kernel: dict[str, Any]) -> str:

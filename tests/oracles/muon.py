@@ -9,24 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.oracles.matrices import Array, by_singular_values, on_sphere
-
-
-def iterated(coefficients: Sequence[Sequence[float]]) -> Callable[[Array], Array]:
-    """Odd polynomials of the singular values, after division by the Frobenius norm."""
-
-    def transform(x: Array) -> Array:
-        norm = np.linalg.norm(x)
-
-        def values(s: Array) -> Array:
-            s = s / norm
-            for a, b, c in coefficients:
-                s = a * s + b * s**3 + c * s**5
-            return s
-
-        return by_singular_values(x, values) if norm > 0 else x
-
-    return transform
+from tests.oracles.matrices import Array, on_sphere
 
 
 def muon(

@@ -1,8 +1,8 @@
-"""Functions of singular values by their definition: a float64 SVD of one matrix."""
+"""Functions of singular values by their definition: a float64 SVD."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,9 +10,9 @@ Array = np.ndarray
 
 
 def on_singular_values(X: Array, function: Callable[[Array], Array]) -> Array:
-    """``U f(Σ) Vᵀ``."""
+    """``U f(Σ) Vᵀ`` of matrices ``[..., m, n]``."""
     U, sigma, Vt = np.linalg.svd(X.astype(np.float64), full_matrices=False)
-    return (U * function(sigma)) @ Vt
+    return (U * function(sigma)[..., None, :]) @ Vt
 
 
 def soft_clip(X: Array, c: float) -> Array:
@@ -28,7 +28,7 @@ def polar(X: Array) -> Array:
     return on_singular_values(X, lambda sigma: (sigma > 1e-12 * sigma.max(initial=0)).astype(float))
 
 
-def newton_schulz(X: Array, steps: list[tuple[float, float, float]], margin: float = 1.0) -> Array:
+def newton_schulz(X: Array, steps: Sequence[Sequence[float]], margin: float = 1.0) -> Array:
     """What the polynomials make of the singular values, which are divided by their norm first."""
 
     def iterate(sigma: Array) -> Array:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +16,11 @@ import fused_optim
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
-from .machine import describe
-from .report import Table, rounded, show, show_circumstances, target_table
+from .record import Result, add_out, begin, save
+from .tables import Table, rounded, show, show_circumstances, target_table
 from .timing import Call, Samples, interleave, ratio
 
 JORDAN = (3.4445, -4.7750, 2.0315)
-SCHEMA = 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -270,12 +266,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file, written after every case")
+    add_out(parser)
     parser.add_argument("--quick", action="store_true", help="tiny matrices, three rounds: does it run?")
     return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, argv: Sequence[str]) -> Result:
     """Measures the suites and returns what ``--out`` holds."""
     device = torch.device(args.device)
     if args.quick:
@@ -283,21 +279,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.products is None:
         args.products = [4096, 8192] if device.type == "cuda" else [1024]
     torch.manual_seed(0)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "newton_schulz",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "quick": args.quick,
-        "machine": describe(device),
-        "cases": [],
-    }
+    result: Result = {**begin("newton_schulz", argv, device, args.quick), "cases": []}
     for suite in args.suites.split(","):
         for case in SUITES[suite](args, device):
             result["cases"].append(measure(case, device, args.rounds, args.budget))
             show(table(result["cases"][-1]))
-            if args.out is not None:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
+            save(result, args.out)
     return result
 
 
@@ -306,7 +293,7 @@ def main(argv: list[str]) -> int:
     unknown = sorted(set(args.suites.split(",")) - set(SUITES))
     if unknown:
         raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(SUITES)}")
-    result = run(args)
+    result = run(args, argv)
     show(target_table(result["cases"]))
     show_circumstances(result, args.device)
     return 0

@@ -1,0 +1,43 @@
+"""``python -m bench report``: one HTML page and PNG charts of every result file below a folder."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from .found import find
+from .page import page
+from .sections import Section, memory, section_of
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = "index.html"
+
+
+def write(results: Path, out: Path, command: str) -> tuple[Path, dict[str, str]]:
+    """Draws everything; returns the page's path, and the files left out with the reasons."""
+    found, left_out = find(results)
+    out.mkdir(parents=True, exist_ok=True)
+    sections: list[tuple[str, Section]] = [("counted from shapes", memory(out))]
+    for result in found:
+        name = result.path.relative_to(results)
+        stem = "-".join(name.with_suffix("").parts)
+        sections.append((str(name), section_of(result, out, stem)))
+    reasons = {str(path.relative_to(results)): why for path, why in left_out.items()}
+    (out / PAGE).write_text(page(sections, reasons, command))
+    return out / PAGE, reasons
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files (default: ours)")
+    parser.add_argument("--out", type=Path, default=Path("runs/report"), help="default: runs/report")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        parser.error(f"{args.results} is no folder; --results names one with the JSON files of a run")
+    path, left_out = write(args.results, args.out, shlex.join(["python", "-m", "bench", "report", *argv]))
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
+    print(path)
+    return 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-Record = dict[str, Any]
+from .record import Record
 
 
 class Result(NamedTuple):
@@ -88,6 +88,12 @@ def machine_name(data: Record) -> str:
     return f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores"
 
 
+def _commit(commit: str | None) -> str:
+    if commit is None:
+        return "not recorded"
+    return f"{commit.removesuffix('+')}, with changes" if commit.endswith("+") else commit
+
+
 def circumstances(data: Record) -> dict[str, str]:
     """Machine, versions, commit and command, for people."""
     machine = data.get("machine") or data["environment"]
@@ -100,7 +106,7 @@ def circumstances(data: Record) -> dict[str, str]:
         "System": machine.get("system") or machine.get("platform"),
         "Threads": str(machine.get("threads") or machine.get("torch_threads")),
         "Versions": ", ".join(named),
-        "Commit": f"{commit} (+ means that the working tree differed)" if commit else "not recorded",
+        "Commit": _commit(machine.get("commit")),
         "Command": data.get("command", "not recorded"),
         "Started": data.get("started"),
     }

@@ -16,7 +16,7 @@ import fused_optim
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
-from .record import Result, add_out, begin, save
+from .record import Record, add_out, begin, save
 from .tables import Table, rounded, show, show_circumstances, target_table
 from .timing import Call, Samples, interleave, ratio
 
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> Result:
+def run(args: argparse.Namespace, argv: Sequence[str]) -> Record:
     """Measures the suites and returns what ``--out`` holds."""
     device = torch.device(args.device)
     if args.quick:
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> Result:
     if args.products is None:
         args.products = [4096, 8192] if device.type == "cuda" else [1024]
     torch.manual_seed(0)
-    result: Result = {**begin("newton_schulz", argv, device, args.quick), "cases": []}
+    result: Record = {**begin("newton_schulz", argv, device, args.quick), "cases": []}
     for suite in args.suites.split(","):
         for case in SUITES[suite](args, device):
             result["cases"].append(measure(case, device, args.rounds, args.budget))

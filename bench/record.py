@@ -15,10 +15,10 @@ import torch
 from .machine import describe
 
 SCHEMA = 1
-Result = dict[str, Any]
+Record = dict[str, Any]
 
 
-def begin(kind: str, argv: Sequence[str], device: torch.device, quick: bool = False) -> Result:
+def begin(kind: str, argv: Sequence[str], device: torch.device, quick: bool = False) -> Record:
     """The head of a result: ``kind`` is the command's name, ``argv`` what followed it."""
     return {
         "schema": SCHEMA,
@@ -39,7 +39,7 @@ def add_out(parser: argparse.ArgumentParser, when: str = "after every case") -> 
     )
 
 
-def save(result: Result, out: Path | None) -> None:
+def save(result: Record, out: Path | None) -> None:
     """Writes the result so far; in a folder, runs that started at different times keep their own files."""
     if out is None:
         return

@@ -10,9 +10,10 @@ import torch
 
 from fused_optim.kernels.rules import RULES
 
+from .base import compare
 from .cases import SUITES, Case, suite
 from .peers import PEERS
-from .record import Result, add_out, begin, save
+from .record import Record, add_out, begin, save
 from .run import free, measure
 from .shapes import parse, shrink
 from .tables import case_record, case_table, show, show_circumstances, target_table, variant_table
@@ -50,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", type=float, help="seconds after which no further case starts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_out(parser)
+    parser.add_argument(
+        "--base", metavar="REF", help="time our steps beside those of this commit instead of other libraries"
+    )
     parser.add_argument("--samples", action="store_true", help="keep every sample in the JSON")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, three rounds: does it run?")
@@ -86,10 +90,10 @@ def _ceiling_bytes(device: torch.device, quick: bool) -> int:
     return 2**31 if device.type == "cuda" else 2**28
 
 
-def run(args: argparse.Namespace, argv: Sequence[str], cases: Sequence[Case]) -> Result:
+def run(args: argparse.Namespace, argv: Sequence[str], cases: Sequence[Case]) -> Record:
     """Measures the cases and returns what ``--out`` holds."""
     device = torch.device(args.device)
-    result: Result = {**begin("step", argv, device, args.quick), "cases": [], "left_out": []}
+    result: Record = {**begin("step", argv, device, args.quick), "cases": [], "left_out": []}
     started = time.perf_counter()
     for case in cases:
         if args.deadline is not None and time.perf_counter() - started > args.deadline:
@@ -115,6 +119,8 @@ def main(argv: list[str]) -> int:
         for case in cases:
             print(f"{case.name} [{case.shapes}]: " + ", ".join(c.label for c in case.contenders))
         return 0
+    if args.base is not None:
+        return compare(args, argv, cases)
     result = run(args, argv, cases)
     if any(case["targets"] for case in result["cases"]):
         show(target_table(result["cases"]))

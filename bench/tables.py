@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .cases import Target
+from .record import Record
 from .run import Outcome, Row
 from .timing import Timed, ratio
 
-Record = dict[str, Any]
 _TEXT = ("optimizer", "case", "against", "ran")
 
 

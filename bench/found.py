@@ -100,7 +100,6 @@ def circumstances(data: Record) -> dict[str, str]:
     names = ("python", "torch", "transformers", "fused_optim")
     versions = machine.get("versions") or {name: machine.get(name) for name in names}
     named = [f"{name} {version}" for name, version in versions.items() if version]
-    commit = machine.get("commit")
     facts = {
         "Machine": machine_name(data),
         "System": machine.get("system") or machine.get("platform"),

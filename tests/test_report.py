@@ -199,9 +199,16 @@ def test_colours_differ_within_a_chart() -> None:
     assert len({(style["color"], style["hatch"]) for style in styles.values()}) == len(names)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_what_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path / "absent")])
+    assert "is no folder; --results names one" in capsys.readouterr().err
+    monkeypatch.setattr(report, "NEEDS", ("no_such_package",))
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert "report needs no_such_package; install with" in capsys.readouterr().err
 
 
 @pytest.mark.slow

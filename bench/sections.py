@@ -91,7 +91,8 @@ def _variant(row: Record) -> str:
 
 
 def _peer(row: Record) -> str:
-    return f"{row['source']} {row['param']}"
+    """A peer, and the dtype of its parameters: it knows nothing of our codecs."""
+    return f"{row['source']} {row['param'].partition('_')[0]}"
 
 
 def _step_ratios(case: Record) -> Group:
@@ -125,7 +126,7 @@ def _lines(cases: Sequence[Record], x: str, note: Callable[[Record], str]) -> li
         places = sorted(values)
         if len(places) > 1:
             found.append(Line(label, [(p, values[p][0]) for p in places], [values[p][1] for p in places]))
-    return found[:_LINES]
+    return sorted(found, key=lambda line: -len(line.points))[:_LINES]
 
 
 def _scaling(cases: Sequence[Record]) -> list[tuple[list[Line], str, str]]:

@@ -222,7 +222,7 @@ def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
     assert "no GPU" in done.stdout
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     written = [f"{part}.{kind}" for part in ("bench", "matrices", "products") for kind in ("json", "log")]
-    assert files == [*written, "summary.json", "tests.log", "variants.log"]
+    assert files == [*written, "report", "summary.json", "tests.log", "variants.log"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
         ["tests", "bench", "variants", "products", "matrices"], "ok"

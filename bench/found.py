@@ -41,6 +41,7 @@ KINDS: Mapping[str, Callable[[Record], bool]] = {
     "step": _rows_with("source", "ms", "percent_of_copy"),
     "times": _rows_with("label", "ms"),
     "base": lambda result: result.get("kind") == "base" and bool(result["cases"]),
+    "static": lambda result: all("share" in kernel for kernel in result.get("kernels", [{}])),
     "products": lambda result: result.get("kind") == "products" and bool(result["cases"]),
 }
 """What a file may hold, by its keys: a new benchmark that writes the same rows is shown without more work."""

@@ -238,6 +238,21 @@ def products(result: Result, stem: Path) -> Section:
     return section
 
 
+def static(result: Result, stem: Path) -> Section:
+    """What the compiled kernels of a step issue, for one capability of the file."""
+    kernels = [kernel for kernel in result.data["kernels"] if not kernel["strided"]]
+    sm = 90 if any(kernel["sm"] == 90 for kernel in kernels) else kernels[0]["sm"]
+    section = Section(f"Compiled kernels, sm_{sm}", circumstances(result.data))
+    groups: dict[str, list[Bar]] = {}
+    for kernel in (kernel for kernel in kernels if kernel["sm"] == sm):
+        name = f"{kernel['kernel']}\n{kernel['storage']}"
+        groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel["share"]))
+    label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
+    pictured = [Group(name, bars) for name, bars in groups.items()]
+    section.draw(Path(f"{stem}-budget"), pictured, "Issue budget", charts.percents, label, "")
+    return section
+
+
 def base(result: Result, stem: Path) -> Section:
     """Two commits beside each other."""
     data = result.data
@@ -301,6 +316,7 @@ SECTIONS: Mapping[str, Callable[[Result, Path], Section]] = {
     "times": times,
     "base": base,
     "products": products,
+    "static": static,
 }
 """What draws each of ``found.KINDS``."""
 

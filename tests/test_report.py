@@ -126,6 +126,7 @@ def _files() -> dict[str, Any]:
     sizes = {"shapes": "2x8", "tensors": 2, "elements": 16, "gradients": "fresh"}
     compared = {**sizes, "name": "Lion fp32", "status": "ok", "ratio": 0.9, "quartiles": [0.8, 1.0]}
     names = ("fused_optim", "torch")
+    kernel = {"kernel": "adam", "storage": "fp32/fp32/fp32/fp32", "sm": 90, "strided": False}
     environment = {
         "torch": "2.13.0",
         "cpu": "A processor",
@@ -155,6 +156,11 @@ def _files() -> dict[str, Any]:
             "summary": {name: SUMMARY for name in names},
             "runs": {name: _training(f"{name} AdamW fp32") for name in names},
         },
+        "static": {
+            "kind": "static",
+            "machine": machine,
+            "kernels": [{**kernel, "arithmetic": kind, "share": 0.3} for kind in ("exact", "fast")],
+        },
         "quick": {"quick": True, "kind": "step", "cases": [{}]},
         "empty": {"kind": "products", "cases": []},
         "other": {"kind": "else"},
@@ -177,12 +183,13 @@ def test_other_kinds_are_shown_or_named(tmp_path: Path, capsys: pytest.CaptureFi
         "failed: no <memory>",
         "This version beside main",
         "A processor, 3 cores",
+        "Compiled kernels, sm_90",
     )
     for text in (*shown, "Pretraining: 1,000 parameters", "fused_optim AdamW fp32"):
         assert text in page.text, text
     for name in ("quick", "empty", "other", "list", "broken"):
         assert f"left out: {name}.json: " in printed and f"{name}.json: " in page.text
-    assert len(page.images) == 4
+    assert len(page.images) == 5
 
 
 def test_many_cases_are_cut_into_figures_that_can_be_read() -> None:

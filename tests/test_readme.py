@@ -184,7 +184,7 @@ def test_bytes_of_the_guide() -> None:
 
 def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for _, cell in _rows("result file"):
-        words = cell.split("`")[1].split()
+        words = cell.split("`")[1].removeprefix("OMP_NUM_THREADS=1 ").split()
         if words[2] == "bench":
             {"step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(words[4:])
         else:

@@ -65,7 +65,8 @@ export -f build
 export root python work
 
 if [[ -z $gpu ]]; then
-  build_limit=900
+  # Nobody pays for a CPU's time.
+  build_limit=900 tests_limit=900 bench_limit=900 variants_limit=900 products_limit=900 matrices_limit=900
   echo "no GPU that torch can see. This machine can build, collect the GPU tests and try the benchmarks on its CPU;"
   echo "it cannot run the GPU tests, time a GPU or compare backends and arithmetics."
 else

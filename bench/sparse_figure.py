@@ -35,12 +35,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    measure = _validation(of[cases[0]])
+    measure = _mean_curve(of[cases[0]], "validation")
     _draw_training(left, of)
     ends = {}
     for (case, found), (color, dashes, mark) in zip(of.items(), _styles(cases), strict=True):
-        steps = [step for step in _validation(found) if step >= _SHOWN_FROM * max(measure)]
-        above = [_validation(found)[step] - measure[step] for step in steps]
+        curve = _mean_curve(found, "validation")
+        steps = [step for step in curve if step >= _SHOWN_FROM * max(measure)]
+        above = [curve[step] - measure[step] for step in steps]
         right.plot(steps, above, color=color, linestyle=dashes, marker=mark, markersize=6)
         ends[case] = (above[-1], color)
     _name_ends(right, ends, max(measure))
@@ -54,17 +55,17 @@ def _styles(cases: Sequence[str]) -> list[tuple[str, str, str]]:
     return [STYLES[index % len(STYLES)] for index in range(len(cases))]
 
 
-def _validation(found: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+def _mean_curve(found: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
     """Means over seeds, by step."""
-    curves = [dict(map(tuple, row["validation"])) for row in found]
+    curves = [dict(map(tuple, row[name])) for row in found]
     return {step: fmean(curve[step] for curve in curves) for step in curves[0]}
 
 
 def _draw_training(axes: Axes, of: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     for (case, found), (color, dashes, _) in zip(of.items(), _styles(list(of)), strict=True):
-        losses = [fmean(values) for values in zip(*(row["train_loss"] for row in found), strict=True)]
-        begin = len(losses) // 20
-        axes.plot(range(begin + 1, len(losses) + 1), losses[begin:], color, linestyle=dashes, label=case)
+        curve = _mean_curve(found, "train_loss")
+        steps = [step for step in curve if step >= max(curve) / 20]
+        axes.plot(steps, [curve[step] for step in steps], color, linestyle=dashes, label=case)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Training (smoothed)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -74,15 +75,16 @@ def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], last: int) -> 
     """Every line's name behind its end, at least a line of text apart."""
     low, high = axes.get_ylim()
     order = sorted(ends, key=lambda case: ends[case][0])
-    gap = (high - low) / 20
-    heights = spread([ends[case][0] - gap for case in order], gap)
+    values = [ends[case][0] for case in order]
+    heights = spread(values, (high - low) / 20)
+    shift = fmean(values) - fmean(heights)
     axes.set_xlim(right=last + 0.02 * last)
     for case, height in zip(order, heights, strict=True):
         value, color = ends[case]
         axes.annotate(
             f"{case} {value:+.3f}",
             (last, value),
-            (last * 1.06, height),
+            (last * 1.06, height + shift),
             va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ from .sparse_figure import draw
 SCHEMA = 1
 CASES = ("dense", "one-shot", "sr-ste", "mask-decay", "structure-decay", "masked-decay", "cast")
 BASELINE = "one-shot"
+POINTS = 100
 _RATIOS = ("optimizer_time_ratio", "step_time_ratio")
 FINAL_TOKENS = 1 << 18
 """Sixteen times as many as a validation during the training has: recipes differ by hundredths of a nat."""
@@ -58,6 +60,12 @@ def train(case: str, seed: int, options: Sequence[str], corpus: Corpus) -> Train
     """
     given = parse([*options, *options_of(case), "--compare", "none", "--seed", str(seed)])
     return Trainer("fused_optim", resolve(given), corpus)
+
+
+def thinned(losses: Sequence[float]) -> list[list[float]]:
+    """About a hundred of them, with their steps."""
+    every = max(1, len(losses) // POINTS)
+    return [[step, round(losses[step - 1], 4)] for step in range(every, len(losses) + 1, every)]
 
 
 def has_too_many(w: np.ndarray[Any, Any], n: int, m: int) -> bool:
@@ -107,7 +115,7 @@ def finish(case: str, trainer: Trainer, batches: Sequence[torch.Tensor]) -> dict
         "config": asdict(trainer.config),
         "validation_loss": loss,
         "validation": record.validation,
-        "train_loss": [round(value, 4) for value in smooth(record.train_loss)],
+        "train_loss": thinned(smooth(record.train_loss)),
         "sparsity": found or None,
         "kept_bytes_per_parameter": sum(record.memory[part] for part in parts) / record.elements,
         "exported": export(trainer, batches, loss) if found and not found["ends_dense"] else None,
@@ -202,6 +210,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def dumps(results: Mapping[str, Any]) -> str:
+    """JSON with every list of numbers on a line of its own."""
+    text = json.dumps(finite(results), indent=1, allow_nan=False)
+    return re.sub(r"\[[\s\d.,e+-]+\]", lambda found: re.sub(r"\s+", "", found[0]), text) + "\n"
+
+
 def _write(
     path: Path | None, rows: list[dict[str, Any]], config: Any, corpus: Corpus, seconds: float
 ) -> None:
@@ -218,5 +232,5 @@ def _write(
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+    path.write_text(dumps(results))
     draw(rows, path.with_suffix(".png"))

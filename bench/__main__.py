@@ -13,6 +13,7 @@ COMMANDS = {
     "static": "count what the compiled GPU kernels do, without a GPU",
     "products": "time the matrix products beside torch.matmul on a GPU",
     "static_products": "count what their compiled kernels do, without a GPU",
+    "report": "draw every result file: one HTML page and its charts",
     "machine": "print what a result file says about this machine",
 }
 

@@ -147,7 +147,15 @@ def variants(shapes: str, rules: Sequence[str] = tuple(RULES)) -> list[Case]:
     return cases
 
 
-SUITES = ("issue", "codecs", "catalogue", "gpu", "variants")
+def scaling(peers: Sequence[str]) -> list[Case]:
+    """Models of 1 to 64 Mi parameters, and 16 Mi parameters in 4 to 16 Ki tensors."""
+    sizes = ("1x1Mi", "4x1Mi", "16x1Mi", "64x1Mi", "4x4Mi", "64x256Ki", "1024x16Ki", "16384x1Ki")
+    ours, fused = Contender(OURS), Contender("torch-fused")
+    extra = [c for c in _peers_of("adam", "fp32", peers) if c != fused]
+    return [Case("AdamW fp32", shapes, (ours, fused, *extra)) for shapes in sizes]
+
+
+SUITES = ("issue", "codecs", "catalogue", "gpu", "variants", "scaling")
 
 
 def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) -> list[Case]:
@@ -167,6 +175,8 @@ def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) ->
             "AdamW fp32, host overhead", "300x16", adamw, Contender("torch-fused"), 0.25, (), cold=False
         )
         return [*catalogue("llama-1.1b", peers, rules), tiny, *catalogue("llama-125m", peers, rules)]
+    if name == "scaling":
+        return scaling(peers)
     if name == "variants":
         return variants(shapes, rules)
     if name == "catalogue":

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .machine import describe
-from .report import Table, rounded, show, show_circumstances, target_table
+from .record import Record, add_out, begin, save
+from .tables import Table, rounded, show, show_circumstances, target_table
 from .timing import Call, Samples, interleave, ratio
-
-SCHEMA = 1
 
 
 @dataclass
@@ -96,12 +91,12 @@ def parser_of(command: str, description: str | None, suites: Suites) -> argparse
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file, written after every case")
+    add_out(parser)
     parser.add_argument("--quick", action="store_true", help="tiny matrices, three rounds: does it run?")
     return parser
 
 
-def compare(command: str, suites: Suites, args: argparse.Namespace) -> int:
+def compare(command: str, suites: Suites, args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measures the suites that were asked for, prints their tables and writes what ``--out`` names."""
     chosen = args.suites.split(",")
     unknown = sorted(set(chosen) - set(suites))
@@ -109,20 +104,11 @@ def compare(command: str, suites: Suites, args: argparse.Namespace) -> int:
         raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(suites)}")
     device = torch.device(args.device)
     torch.manual_seed(0)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": command,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "quick": args.quick,
-        "machine": describe(device),
-        "cases": [],
-    }
+    result: Record = {**begin(command, argv, device, args.quick), "cases": []}
     for case in (case for suite in chosen for case in suites[suite](args, device)):
         result["cases"].append(measure(case, device, args.rounds, args.budget))
         show(table(result["cases"][-1]))
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, args.out)
     show(target_table(result["cases"]))
     show_circumstances(result, args.device)
     return 0

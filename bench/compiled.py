@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+
+from .record import begin, save
 
 Job, Report = TypeVar("Job"), TypeVar("Report")
 
 
-def triton_version(parser: argparse.ArgumentParser) -> str:
-    """The compiler's version; a usage error if it cannot compile."""
+def check_triton(parser: argparse.ArgumentParser) -> None:
+    """A usage error if Triton cannot compile."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: nothing would be compiled. Unset it")
     try:
-        import triton
+        importlib.import_module("triton")
     except ImportError as error:
         parser.error(f"Triton cannot be imported ({error}): pip install 'triton>=3.6'")
-    return triton.__version__
 
 
 def run(report: Callable[[Job], Report], jobs: Sequence[Job], workers: int | None) -> list[Report]:
@@ -33,6 +35,7 @@ def run(report: Callable[[Job], Report], jobs: Sequence[Job], workers: int | Non
         return pool.map(report, jobs, chunksize=1)
 
 
-def write(path: Path, triton: str, kernels: Sequence[dict[str, Any]]) -> None:
-    """Writes every count as JSON."""
-    path.write_text(json.dumps({"triton": triton, "kernels": kernels}, indent=1))
+def write(kind: str, argv: Sequence[str], options: argparse.Namespace, kernels: Sequence[Any]) -> None:
+    """Writes every count as JSON, where ``--out`` says."""
+    head = begin(kind, argv, torch.device("cpu"), options.quick)
+    save({**head, "kernels": kernels}, options.out)

@@ -3,7 +3,7 @@
 #   bash bench/gpu.sh OUT [all|tests|bench|variants|products|matrices|masks] [--installed]
 # builds the package, runs `pytest -m gpu`, times steps, matrix products and whole steps of
 # Muon beside torch, and every backend and arithmetic.
-# OUT gets summary.json, and a log and JSON for every part. A failing part stops no other.
+# OUT gets summary.json, a log and JSON for every part, and report/ with charts. A failing part stops no other.
 # Without a GPU every part does what it can here and says what it leaves out. --installed skips the build.
 set -uo pipefail
 
@@ -131,4 +131,5 @@ for i in "${!names[@]}"; do
   printf '%-10s %4d s  %s\n' "${names[i]}" "${seconds[i]}" "${states[i]}"
   [[ ${states[i]} == ok ]] || failed=1
 done
+timeout 60 "$python" -m bench report --results "$out" --out "$out/report" || echo "no charts were drawn of $out"
 exit $failed

@@ -18,6 +18,7 @@ import fused_optim.kernels
 
 PACKAGES = ("torch", "triton", "numpy", "bitsandbytes", "torchao", "torch-optimi", "lion-pytorch")
 _ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = ("fused_optim", "kernels", "csrc", "bench", ":!bench/results")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -54,7 +55,7 @@ def _commit() -> str | None:
     commit = _run("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
-    changed = _run("git", "status", "--porcelain", "--", "fused_optim", "kernels", "csrc")
+    changed = _run("git", "status", "--porcelain", "--", *_SOURCES)
     return commit + ("+" if changed else "")
 
 

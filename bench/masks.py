@@ -178,4 +178,4 @@ def main(argv: list[str]) -> int:
         args.rows, args.columns, args.rounds = 16, 64, 3
     size = 8192 if args.device.startswith("cuda") else 1024
     args.rows, args.columns = args.rows or size, args.columns or size
-    return compare("masks", SUITES, args)
+    return compare("masks", SUITES, args, argv)

@@ -201,4 +201,4 @@ def main(argv: list[str]) -> int:
         args.layers, args.width, args.sizes, args.products, args.rounds = 1, 64, [(48, 64)], [64], 3
     if args.products is None:
         args.products = [4096, 8192] if args.device.startswith("cuda") else [1024]
-    return compare("newton_schulz", SUITES, args)
+    return compare("newton_schulz", SUITES, args, argv)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from fused_optim.kernels.triton import product_shapes, products
 
-from .machine import describe
+from .record import add_out, begin, save
 from .timing import Call, Sweep, interleave, ratio
 
 CHECKED_ROWS = 128
@@ -181,7 +179,7 @@ def sweep(device: torch.device, rounds: int, budget_s: float) -> list[dict[str, 
 def main(argv: list[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench products", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write every sample's summary as JSON to this file")
+    add_out(parser, "at the end")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for a case")
     parser.add_argument(
@@ -189,23 +187,21 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--sweep", action="store_true", help="time other tiles")
     options = parser.parse_args(argv)
-    begin = time.monotonic()
+    started = time.monotonic()
     if not torch.cuda.is_available():
         print("no GPU that torch can see: nothing was timed. `python -m bench static_products` needs none")
-        if options.out:
-            options.out.write_text(json.dumps({"gpu": None, "cases": []}))
+        save({**begin("products", argv, torch.device("cpu")), "cases": []}, options.out)
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
-    environment = describe(device)
+    head = begin("products", argv, device)
     if options.sweep:
         rows = sweep(device, options.rounds, options.budget)
     else:
         rows = []
         for case in (*SQUARES, *NEWTON_SCHULZ, *FP32):
-            if time.monotonic() - begin > options.deadline:
+            if time.monotonic() - started > options.deadline:
                 print(f"no time left for {case.label}")
                 continue
             rows.append(_attempt(case, device, options.rounds, options.budget))
-    if options.out:
-        options.out.write_text(json.dumps({"environment": environment, "cases": rows}, indent=1))
+    save({**head, "cases": rows}, options.out)
     return int(any("failed" in row for row in rows) and not options.sweep)

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
@@ -21,8 +20,9 @@ from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule, Slot
 from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape, traffic
 
-from .compiled import run, triton_version, write
+from .compiled import check_triton, run, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
+from .record import add_out
 
 CAPABILITIES = (80, 90, 100)
 PLAIN = (
@@ -306,7 +306,7 @@ def table(reports: Iterable[Report]) -> str:
 def main(argv: list[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write every count as JSON to this file")
+    add_out(parser, "at the end")
     parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities")
     parser.add_argument("--rule", nargs="+", default=tuple(RULES), choices=RULES, help="only these rules")
     selection = parser.add_mutually_exclusive_group()
@@ -314,12 +314,11 @@ def main(argv: list[str]) -> int:
     selection.add_argument("--every", action="store_true", help="every storage of every tensor (hours)")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
-    version = triton_version(parser)
+    check_triton(parser)
     jobs = every_job(options.sm, options.rule) if options.every else main_jobs(options.sm, options.rule)
     reports = run(report, quick_jobs() if options.quick else jobs, options.workers)
     print(table(reports))
-    if options.out:
-        write(options.out, version, [asdict(r) | {"share": r.share} for r in reports])
+    write("static", argv, options, [asdict(r) | {"share": r.share} for r in reports])
     return 0
 
 

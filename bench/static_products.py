@@ -13,14 +13,14 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fused_optim.kernels.triton import product_shapes
 from fused_optim.kernels.triton.product_shapes import Shape
 
-from .compiled import run, triton_version, write
+from .compiled import check_triton, run, write
 from .machine_code import Instruction, disassemble, instructions
+from .record import add_out
 
 CAPABILITIES = (80, 90, 100)
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
@@ -240,16 +240,15 @@ def triangles(sizes: Iterable[int] = (1024, 2048, 4096, 8192)) -> str:
 def main(argv: list[str]) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench static_products", description=__doc__)
-    parser.add_argument("--out", type=Path, help="write every count as JSON to this file")
+    add_out(parser, "at the end")
     parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities")
     parser.add_argument("--quick", action="store_true", help="just what the tests compile")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
-    version = triton_version(parser)
+    check_triton(parser)
     reports = run(report, quick_jobs() if options.quick else jobs(options.sm), options.workers)
     print(table(reports), triangles(), sep="\n\n")
-    if options.out:
-        write(options.out, version, [asdict(r) for r in reports])
+    write("static_products", argv, options, [asdict(r) for r in reports])
     return 0
 
 

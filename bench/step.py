@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from fused_optim.kernels.rules import RULES
 
+from .base import compare
 from .cases import SUITES, Case, suite
-from .machine import describe
 from .peers import PEERS
-from .report import case_record, case_table, show, show_circumstances, target_table, variant_table
+from .record import Record, add_out, begin, save
 from .run import free, measure
 from .shapes import parse, shrink
-
-SCHEMA = 1
+from .tables import case_record, case_table, show, show_circumstances, target_table, variant_table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per case")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case starts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file, written after every case")
+    add_out(parser)
+    parser.add_argument(
+        "--base", metavar="REF", help="time our steps beside those of this commit instead of other libraries"
+    )
     parser.add_argument("--samples", action="store_true", help="keep every sample in the JSON")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--quick", action="store_true", help="tiny tensors, three rounds: does it run?")
@@ -91,21 +90,13 @@ def _ceiling_bytes(device: torch.device, quick: bool) -> int:
     return 2**31 if device.type == "cuda" else 2**28
 
 
-def run(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
+def run(args: argparse.Namespace, argv: Sequence[str], cases: Sequence[Case]) -> Record:
     """Measures the cases and returns what ``--out`` holds."""
     device = torch.device(args.device)
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "step",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "quick": args.quick,
-        "machine": describe(device),
-        "cases": [],
-        "left_out": [],
-    }
-    begin = time.perf_counter()
+    result: Record = {**begin("step", argv, device, args.quick), "cases": [], "left_out": []}
+    started = time.perf_counter()
     for case in cases:
-        if args.deadline is not None and time.perf_counter() - begin > args.deadline:
+        if args.deadline is not None and time.perf_counter() - started > args.deadline:
             result["left_out"].append(case.name)
             continue
         shapes = parse(case.shapes)
@@ -117,9 +108,7 @@ def run(args: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
         del measured
         free()
         show(case_table(result["cases"][-1]))
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, args.out)
     return result
 
 
@@ -130,7 +119,9 @@ def main(argv: list[str]) -> int:
         for case in cases:
             print(f"{case.name} [{case.shapes}]: " + ", ".join(c.label for c in case.contenders))
         return 0
-    result = run(args, cases)
+    if args.base is not None:
+        return compare(args, argv, cases)
+    result = run(args, argv, cases)
     if any(case["targets"] for case in result["cases"]):
         show(target_table(result["cases"]))
     if args.suite == "variants":

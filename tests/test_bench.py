@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, peers, report, shapes, step, timing, verify
+from bench import cases, machine, peers, shapes, step, tables, timing, verify
 from bench.peers import PEERS, Contender, MissingPeerError
 from bench.run import Gradients, Run, measure
 from fused_optim.kernels.codecs import CODECS
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def _quick(case: cases.Case, rounds: int = 3) -> dict[str, Any]:
     small = shapes.shrink(shapes.parse(case.shapes), 64)
-    return report.case_record(measure(case, small, CPU, rounds, 5.0, 2**16))
+    return tables.case_record(measure(case, small, CPU, rounds, 5.0, 2**16))
 
 
 def test_shapes_are_the_models() -> None:
@@ -103,7 +103,7 @@ def test_a_missing_peer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["status"] for row in record["rows"]] == ["ok", "missing"]
     assert "absent is not installed" in record["rows"][1]["reason"]
     assert record["targets"][0]["met"] is None
-    assert "not measured" in report.target_table([record]).lines[0]
+    assert "not measured" in tables.target_table([record]).lines[0]
 
 
 def test_a_backend_that_is_not_here_is_missing() -> None:
@@ -173,7 +173,7 @@ def test_command_writes_json_and_prints_targets(tmp_path: Path, capsys: pytest.C
     (target,) = case["targets"]
     assert target["limit"] == 0.78 and target["measured"] > 0
     printed = capsys.readouterr().out
-    assert "0.78" in printed and report.NOTE in printed and report.QUICK in printed
+    assert "0.78" in printed and tables.NOTE in printed and tables.QUICK in printed
 
 
 def test_a_deadline_names_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,7 @@ def test_variants_fit_one_table() -> None:
     (case,) = [c for c in cases.variants("3x64", ["lion"]) if "bf16/fp32" in c.name]
     if torch.cuda.is_available():
         pytest.skip("the variants would run")
-    table = report.variant_table([_quick(case)])
+    table = tables.variant_table([_quick(case)])
     assert table.header == ["case", "triton exact", "triton fast", "cuda exact", "cuda fast"]
     assert table.lines[0][3:] == ["missing", "missing"]
 
@@ -208,7 +208,9 @@ def test_gpu_script_parses_and_explains_itself() -> None:
     script = ROOT / "bench" / "gpu.sh"
     subprocess.run(["bash", "-n", script], check=True)
     refused = subprocess.run(["bash", script, "/nowhere", "everything"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "OUT [all|tests|bench|variants|products|matrices|masks]" in refused.stdout
+    assert (
+        refused.returncode == 2 and "OUT [all|tests|bench|variants|products|matrices|masks]" in refused.stdout
+    )
 
 
 @pytest.mark.slow
@@ -221,8 +223,10 @@ def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "no GPU" in done.stdout
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    written = [f"{part}.{kind}" for part in ("bench", "masks", "matrices", "products") for kind in ("json", "log")]
-    assert files == [*written, "summary.json", "tests.log", "variants.log"]
+    written = [
+        f"{part}.{kind}" for part in ("bench", "masks", "matrices", "products") for kind in ("json", "log")
+    ]
+    assert files == [*written, "report", "summary.json", "tests.log", "variants.log"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
         ["tests", "bench", "variants", "products", "matrices", "masks"], "ok"

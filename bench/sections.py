@@ -1,0 +1,327 @@
+"""What the report shows of each kind of result: charts, tables, and where the figures come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fused_optim.training import plan
+from fused_optim.training.figure import draw as draw_losses
+from fused_optim.training.loop import Record as Training
+from fused_optim.training.plan_figure import draw as draw_plan
+from fused_optim.training.plan_report import table as plan_table
+from fused_optim.training.presets import PRESETS
+from fused_optim.training.report import smooth
+from fused_optim.training.report import table as training_table
+
+from . import charts
+from .charts import Bar, Group, Line
+from .found import Record, Result, circumstances, on_gpu
+from .tables import NOTE, Table, case_table
+
+_LINES = 8
+"""At most so many in one chart of the scaling."""
+
+LEFT_IS_FASTER = "our median time over the other's (logarithmic; left of 1: ours is faster)"
+
+
+@dataclass
+class Section:
+    """A part of the page."""
+
+    title: str
+    facts: Mapping[str, str]
+    notes: list[str] = field(default_factory=list)
+    pictures: list[tuple[Path, str]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    text: str = ""
+
+    def draw(
+        self, stem: Path, groups: Iterable[Group], alt: str, chart: Callable[..., None], *args: str
+    ) -> None:
+        """Draws groups with a chart of ``charts``, in as many figures as they need."""
+        pages = charts.pages(groups)
+        for number, page in enumerate(pages, 1):
+            part = f" ({number} of {len(pages)})" if len(pages) > 1 else ""
+            path = Path(f"{stem}{f'-{number}' if len(pages) > 1 else ''}.png")
+            chart(page, f"{alt}{part}", *args, path)
+            self.pictures.append((path, f"{alt}{part}"))
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return str(count)
+
+
+def _case_name(case: Record) -> str:
+    """The case with its shapes, which some names hold already."""
+    name = case["name"].removeprefix(case["shapes"]).strip()
+    kept = ", gradients kept" if case["gradients"] == "kept" and "kept" not in name else ""
+    return f"{name}{kept}\n{_tensors(case)}, {_size(case['elements'])} parameters"
+
+
+def _tensors(case: Record) -> str:
+    return f"{case['tensors']} tensor{'s' * (case['tensors'] > 1)}"
+
+
+def _split(case: Record) -> tuple[list[Record], list[Record]]:
+    """Our rows and the peers' rows that were timed."""
+    timed = [row for row in case["rows"] if row["status"] == "ok"]
+    ours = [row for row in timed if row["source"] == "fused_optim"]
+    return ours, [row for row in timed if row["source"] != "fused_optim"]
+
+
+def _quartiles(case: Record, ours: str, against: str) -> tuple[float, float] | None:
+    """Of the ratios within rounds, where a target recorded them."""
+    for target in case["targets"]:
+        if target["kind"] == "ratio" and target.get("ours", ours) == ours and target["against"] == against:
+            low, high = target.get("quartiles", (None, None))
+            return None if low is None else (low, high)
+    return None
+
+
+def _variant(row: Record) -> str:
+    """How our rows of one case differ."""
+    return " ".join(["fused_optim", *map(str, row["options"].values())])
+
+
+def _peer(row: Record) -> str:
+    """A peer, and the dtype of its parameters: it knows nothing of our codecs."""
+    return f"{row['source']} {row['param'].partition('_')[0]}"
+
+
+def _step_ratios(case: Record) -> Group:
+    ours, others = _split(case)
+    bars: list[Bar] = []
+    if len(ours) == 1:
+        for other in others:
+            value = ours[0]["ms"]["median"] / other["ms"]["median"]
+            bars.append(Bar(_peer(other), value, _quartiles(case, ours[0]["label"], other["label"])))
+    elif others:
+        bars = [Bar(_variant(row), row["ms"]["median"] / others[0]["ms"]["median"]) for row in ours]
+    return Group(_case_name(case), bars)
+
+
+def _step_percents(case: Record) -> Group:
+    ours, others = _split(case)
+    rows = [(_variant(row), row) for row in ours] + [(_peer(row), row) for row in others]
+    bars = [Bar(series, row["percent_of_copy"]) for series, row in rows]
+    ceiling = 100 * case["in_place_gb_per_s"] / case["copy_gb_per_s"]
+    return Group(_case_name(case), bars, ceiling)
+
+
+def _lines(cases: Sequence[Record], x: str, note: Callable[[Record], str]) -> list[Line]:
+    """A line for every contender that was timed at two places or more."""
+    lines: dict[str, dict[float, tuple[float, str]]] = {}
+    for case in cases:
+        for row in (row for rows in _split(case) for row in rows):
+            lines.setdefault(row["label"], {}).setdefault(case[x], (row["ms"]["median"], note(case)))
+    found: list[Line] = []
+    for label, values in lines.items():
+        places = sorted(values)
+        if len(places) > 1:
+            found.append(Line(label, [(p, values[p][0]) for p in places], [values[p][1] for p in places]))
+    return sorted(found, key=lambda line: -len(line.points))[:_LINES]
+
+
+def _scaling(cases: Sequence[Record]) -> list[tuple[list[Line], str, str]]:
+    """Time over the number of parameters, and over the number of tensors that hold the same parameters."""
+    fresh = [case for case in cases if case["gradients"] == "fresh"]
+    by_tensors = sorted(fresh, key=lambda case: case["tensors"])
+    totals: dict[int, list[Record]] = {}
+    for case in fresh:
+        totals.setdefault(case["elements"], []).append(case)
+    most = max(totals.values(), key=lambda found: len({case["tensors"] for case in found}), default=[])
+    held = f"tensors that hold {_size(most[0]['elements'])} parameters together" if most else ""
+    panels = [
+        (_lines(by_tensors, "elements", _tensors), "parameters", "ms for a step"),
+        (_lines(most, "tensors", lambda case: case["shapes"]), held, "ms for a step"),
+    ]
+    return [panel for panel in panels if panel[0]]
+
+
+def step(result: Result, stem: Path) -> Section:
+    """Steps of optimizers beside peers."""
+    data, cases = result.data, result.data["cases"]
+    section = Section("Steps of optimizers", circumstances(data))
+    if not on_gpu(data):
+        section.notes.append(NOTE)
+    section.notes.append(
+        "Every contender's first steps were checked against float64 before it was timed. Percent of a copy: "
+        "bytes that a one-pass step must move, by the codec model, per second, over what a plain copy moves; "
+        "on a CPU a copy also has to fetch its target, which a step does not."
+    )
+    section.draw(
+        Path(f"{stem}-ratios"),
+        map(_step_ratios, cases),
+        "Time beside other optimizers",
+        charts.ratios,
+        LEFT_IS_FASTER,
+    )
+    copied = "percent of a copy's bandwidth (dashed: the copy)"
+    ceiling = "a buffer that is read and written in place"
+    section.draw(
+        Path(f"{stem}-ceiling"),
+        map(_step_percents, cases),
+        "Percent of a copy's bandwidth",
+        charts.percents,
+        copied,
+        ceiling,
+    )
+    panels = _scaling(cases)
+    if panels:
+        path = Path(f"{stem}-scaling.png")
+        charts.scaling(panels, "Scaling", path)
+        section.pictures.append((path, "Scaling over parameters and tensors"))
+    section.tables = [case_table(case) for case in cases]
+    return section
+
+
+def _ms_table(title: str, rows: Sequence[Record]) -> Table:
+    header = ["contender", "median ms", "q1–q3", "rounds", "error"]
+    lines = [
+        [
+            row["label"],
+            f"{row['ms']['median']:.4g}",
+            f"{row['ms']['q1']:.4g}–{row['ms']['q3']:.4g}",
+            str(row["ms"]["n"]),
+            "" if row.get("error") is None else f"{row['error']:.1e}",
+        ]
+        for row in rows
+    ]
+    return Table(title, header, lines)
+
+
+def times(result: Result, stem: Path) -> Section:
+    """Cases whose first row is ours: whole steps of Muon, soft clipping, products."""
+    data, cases = result.data, result.data["cases"]
+    section = Section(str(data.get("kind", "times")).replace("_", " "), circumstances(data))
+    ratios, errors = [], []
+    for case in cases:
+        first, *others = case["rows"]
+        by_target = {target["against"]: tuple(target["quartiles"]) for target in case.get("targets", ())}
+        bars = [
+            Bar(row["label"], first["ms"]["median"] / row["ms"]["median"], by_target.get(row["label"]))
+            for row in others
+        ]
+        ratios.append(Group(case["name"], bars))
+        known = [row for row in case["rows"] if row.get("error")]
+        errors.append(Group(case["name"], [Bar(row["label"], row["error"]) for row in known]))
+    section.draw(
+        Path(f"{stem}-ratios"), ratios, "Time beside other implementations", charts.ratios, LEFT_IS_FASTER
+    )
+    label = "relative error against float64 (logarithmic)"
+    section.draw(Path(f"{stem}-errors"), errors, "Errors", charts.errors, label)
+    section.tables = [_ms_table(f"{case['name']}: {case['rounds']} rounds", case["rows"]) for case in cases]
+    return section
+
+
+def products(result: Result, stem: Path) -> Section:
+    """Matrix products on a GPU beside torch.matmul."""
+    data = result.data
+    section = Section("Matrix products", circumstances(data))
+    done = [case for case in data["cases"] if "failed" not in case]
+    groups, lines = [], []
+    for case in done:
+        q1, q3 = case["speedup_quartiles"]
+        groups.append(Group(case["case"], [Bar("torch", 1 / case["speedup"], (1 / q3, 1 / q1))]))
+        numbers = (case["ms"]["median"], case["torch_ms"]["median"], case["torch_tflops"])
+        lines.append([case["case"], *(f"{number:.4g}" for number in numbers), case["tile"]])
+    section.draw(Path(f"{stem}-ratios"), groups, "Time beside torch.matmul", charts.ratios, LEFT_IS_FASTER)
+    section.tables = [Table("Products", ["case", "ms", "torch ms", "torch TFLOP/s", "tile"], lines)]
+    section.notes = [f"{case['case']} failed: {case['failed']}" for case in data["cases"] if "failed" in case]
+    return section
+
+
+def static(result: Result, stem: Path) -> Section:
+    """What the compiled kernels of a step issue, for one capability of the file."""
+    kernels = [kernel for kernel in result.data["kernels"] if not kernel["strided"]]
+    sm = 90 if any(kernel["sm"] == 90 for kernel in kernels) else kernels[0]["sm"]
+    section = Section(f"Compiled kernels, sm_{sm}", circumstances(result.data))
+    groups: dict[str, list[Bar]] = {}
+    for kernel in (kernel for kernel in kernels if kernel["sm"] == sm):
+        name = f"{kernel['kernel']}\n{kernel['storage']}"
+        groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel["share"]))
+    label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
+    pictured = [Group(name, bars) for name, bars in groups.items()]
+    section.draw(Path(f"{stem}-budget"), pictured, "Issue budget", charts.percents, label, "")
+    return section
+
+
+def base(result: Result, stem: Path) -> Section:
+    """Two commits beside each other."""
+    data = result.data
+    compared = data["base"]
+    section = Section(f"This version beside {compared['ref']}", circumstances(data))
+    section.facts = {**section.facts, "Compared with": compared["commit"]}
+    timed = [case for case in data["cases"] if case["status"] == "ok"]
+    groups = [
+        Group(_case_name(case), [Bar(compared["ref"], case["ratio"], tuple(case["quartiles"]))])
+        for case in timed
+    ]
+    section.draw(
+        Path(f"{stem}-ratios"), groups, f"Time beside {compared['ref']}", charts.ratios, LEFT_IS_FASTER
+    )
+    return section
+
+
+def _finite(losses: Sequence[float | None]) -> list[float]:
+    return [math.nan if loss is None else loss for loss in losses]
+
+
+def pretraining(result: Result, stem: Path) -> Section:
+    """Loss curves of a training, and its table."""
+    data = result.data
+    runs: dict[str, Training] = {}
+    for name, run in data["runs"].items():
+        validation = [[place, math.nan if loss is None else loss] for place, loss in run["validation"]]
+        losses = {"train_loss": _finite(run["train_loss"]), "validation": validation}
+        runs[name] = Training(**{**run, **losses})
+    config: Record = data["config"]
+    section = Section(f"Pretraining: {data['parameters']:,} parameters", circumstances(data))
+    path = Path(f"{stem}-losses.png")
+    draw_losses(runs, {name: smooth(run.train_loss) for name, run in runs.items()}, path)
+    section.pictures.append((path, "Loss curves, and where the memory goes"))
+    section.text = training_table(runs, data["summary"])
+    section.notes.append(
+        f"{config['steps']} steps of {config['batch_size']} × {config['sequence_length']} bytes of text, "
+        f"seed {config['seed']}."
+    )
+    return section
+
+
+def memory(folder: Path) -> Section:
+    """Bytes per parameter under every rule and storage, counted and not measured."""
+    model = PRESETS["1b"]
+    found = plan(model.tensors(), name=model.model)
+    section = Section("Bytes per parameter", {"Command": "python -m fused_optim plan --model 1b"})
+    path = folder / "bytes-per-parameter.png"
+    draw_plan(found, path, per_parameter=True)
+    section.pictures.append((path, "Bytes per parameter of weights, master bits, gradients and states"))
+    section.notes.append(
+        "Counted by the functions that the optimizer allocates with; other libraries by their sources."
+    )
+    section.text = plan_table(found)
+    return section
+
+
+SECTIONS: Mapping[str, Callable[[Result, Path], Section]] = {
+    "pretraining": pretraining,
+    "step": step,
+    "times": times,
+    "base": base,
+    "products": products,
+    "static": static,
+}
+"""What draws each of ``found.KINDS``."""
+
+
+def section_of(result: Result, folder: Path, name: str) -> Section:
+    """The section of a file; its pictures' names begin with ``name``."""
+    section: Any = SECTIONS[result.kind](result, folder / name)
+    return section

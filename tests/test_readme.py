@@ -1,0 +1,191 @@
+"""The README: its paths exist, its figures are in the files it names, its recipes use what we have."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_optim
+from bench import newton_schulz, step
+from fused_optim.training import plan, pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _cases(name: str) -> list[dict[str, Any]]:
+    return _result(name)["cases"]
+
+
+def _rows(first_cell_of_header: str, section: str = TEXT) -> list[list[str]]:
+    """The cells of a table, found by its header."""
+    lines = section[section.index(f"| {first_cell_of_header} |") :].splitlines()[2:]
+    cells: list[list[str]] = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        cells.append([cell.strip() for cell in line.strip("|").split("|")])
+    return cells
+
+
+def _says(text: str, value: float) -> None:
+    """The text rounds the value: within half a unit of its last digit."""
+    number = re.match(r"[\d.]+(?:e-?\d+)?", text)
+    assert number is not None, text
+    mantissa, _, exponent = number[0].partition("e")
+    digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
+    assert abs(float(number[0]) - value) <= 0.5000001 * 10.0**-digits, (text, value)
+
+
+def test_every_path_exists() -> None:
+    links = re.findall(r"\]\(([^)#][^)]*)\)", TEXT)
+    code = re.findall(r"`((?:bench|tests|fused_optim|kernels|csrc)/[\w./]*)`", TEXT)
+    paths = [link for link in links if "://" not in link]
+    assert len(paths) > 10 and code
+    missing = [path for path in (*paths, *code) if "<" not in path and not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_every_anchor_exists() -> None:
+    heads = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+
+
+def test_steps() -> None:
+    section = TEXT[TEXT.index("## Numbers") :]
+    measured = [c["targets"][0]["measured"] for c in _cases("step.json") if c["targets"]]
+    for row, value in zip(_rows("case", section), measured, strict=True):
+        _says(row[2], value)
+
+
+def test_codecs() -> None:
+    medians = {
+        case["name"]: {row["source"]: row["ms"]["median"] for row in case["rows"]}
+        for case in _cases("codecs.json")
+    }
+    section = TEXT[
+        TEXT.index("States\nof 8 bits" if "States\nof 8 bits" in TEXT else "States of 8 bits and split") :
+    ]
+    for name, *cells in _rows("case", section):
+        found = medians[
+            name.replace("`", "").replace(" + ", "/").replace("AdamW bf16_split8 ", "AdamW bf16_split8/")
+        ]
+        for peer, cell in zip(("torch-fused", "bitsandbytes-8bit", "torchao-8bit"), cells, strict=True):
+            if cell:
+                _says(cell, found["fused_optim"] / found[peer])
+    later = re.search(r"it read ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+)", TEXT)
+    assert later is not None
+    by_name = {
+        case["name"]: case["rows"][0]["ms"]["median"] / case["rows"][1]["ms"]["median"]
+        for case in _cases("codecs-later.json")
+    }
+    order = (
+        "AdamW fp32/int8",
+        "AdamW fp32/int8_companded",
+        "AdamW bf16_split8/int8_companded",
+        "Lion fp32/int8",
+    )
+    for text, name in zip(later.groups(), order, strict=True):
+        _says(text, by_name[name])
+
+
+def test_whole_matrices() -> None:
+    muon = re.search(r"takes ([\d.]+) of torch.optim.Muon's time \(quartiles ([\d.]+) to ([\d.]+);", TEXT)
+    target = _cases("newton_schulz.json")[0]["targets"][0]
+    assert muon is not None
+    for text, value in zip(muon.groups(), (target["measured"], *target["quartiles"]), strict=True):
+        _says(text, value)
+    cases = _cases("soft_clip.json")
+    for row in _rows("largest singular value over `c`"):
+        for cell, dtype in zip(row[1:], ("fp32", "bf16"), strict=True):
+            (case,) = [c for c in cases if c["name"].endswith(f"{dtype}, ratio {row[0]}")]
+            time, error, theirs = re.fullmatch(r"(\S+), (\S+) \((\S+)\)", cell).groups()
+            _says(time, case["targets"][0]["measured"])
+            _says(error, case["rows"][0]["error"])
+            _says(theirs, case["rows"][1]["error"])
+
+
+def test_trainings() -> None:
+    text = " ".join(TEXT.split())
+    figures = re.findall(r"([\d.]+) bytes(?: per parameter)?, (?:ends )?at ([\d.]+)", text)
+    norms = re.search(
+        r"ends at ([\d.]+) with a mean spectral norm of ([\d.]+) .{9,99} AdamW has ([\d.]+)\.", text
+    )
+    files = {"pretrain_adamw.json": ("fused_optim", "torch"), "pretrain_muon.json": ("fused_optim",)}
+    found = [_result(file)["summary"][side] for file, sides in files.items() for side in sides]
+    clipped = _result("pretrain_clip.json")["summary"]["fused_optim"]
+    for (memory, loss), summary in zip(figures, found, strict=True):
+        _says(memory, sum(summary["bytes_per_parameter"].values()))
+        _says(loss, summary["validation_loss"])
+    values = (clipped["validation_loss"], clipped["mean_spectral_norm"], found[1]["mean_spectral_norm"])
+    assert norms is not None
+    for text, value in zip(norms.groups(), values, strict=True):
+        _says(text, value)
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
+def test_recipes_use_our_names_and_arguments(block: str) -> None:
+    """What needs packages that the tests do not have: syntax, our classes, our arguments."""
+    tree = ast.parse(block)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    ours = {
+        ast.unparse(c.func): [k.arg for k in c.keywords]
+        for c in calls
+        if "fused_optim." in ast.unparse(c.func)
+    }
+    handed = re.search(r"optimizer_cls_and_kwargs=\(fused_optim\.(\w+), options\)", block)
+    if handed:
+        (options,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+        ours[f"fused_optim.{handed[1]}"] = [ast.literal_eval(key) for key in options.keys if key]
+    assert ours
+    for name, keywords in ours.items():
+        cls = getattr(fused_optim, name.removeprefix("fused_optim."))
+        options = {"lr": 0.1, "betas": (0.9, 0.95), "state_codec": "int8", "clip_grad_norm": 1.0}
+        assert set(keywords) <= set(options)
+        cls([torch.nn.Parameter(torch.ones(2))], **{key: options[key] for key in keywords if key})
+
+
+def test_the_trainer_takes_what_its_recipe_gives() -> None:
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        pytest.skip("transformers is not installed")
+    # Read, not imported: that takes seconds.
+    tree = ast.parse(Path(found.origin).with_name("trainer.py").read_text())
+    (trainer,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Trainer"]
+    (init,) = [n for n in trainer.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    assert "optimizer_cls_and_kwargs" in {argument.arg for argument in init.args.args}
+
+
+def test_bytes_of_the_guide() -> None:
+    """The table beside the planner."""
+    for _, name, options, said in _rows("you want"):
+        if not said[0].isdigit():
+            continue
+        given = dict(re.findall(r'(param_codec|state_codec)="(\w+)"', options))
+        state = given.get("state_codec", "int8" if "8bit" in name else "auto")
+        rule = {"`Lion`": "lion", "`Muon`": "sgd_momentum"}.get(name, "adam")
+        storage = f"{given.get('param_codec', 'fp32')}+{state}"
+        found = plan({"w": (4096, 4096)}, rules=[rule], storages=[storage], peers=False)
+        _says(said, found.entries[0].memory.kept / found.parameters)
+
+
+def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    for _, cell in _rows("result file"):
+        words = cell.split("`")[1].split()
+        if words[2] == "bench":
+            {"step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(words[4:])
+        else:
+            pretrain.parse(words[4:])

@@ -1,0 +1,227 @@
+"""The report: every result file is in it or named as left out, and it needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench import charts, found, report
+
+VOID = {"meta", "img", "br"}
+SUMMARY = {
+    "train_loss": 2.0,
+    "validation_loss": 2.1,
+    "tokens_per_second": 1e3,
+    "optimizer_ms_per_step": 1.0,
+    "optimizer_share_of_step": 0.1,
+    "bytes_per_parameter": {"parameters": 4, "gradients": 4, "states": 8},
+    "activation_bytes": 2**20,
+    "mean_spectral_norm": 2.0,
+}
+
+
+class Page(HTMLParser):
+    """What a page shows, and whether its tags are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[bytes] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            head, _, data = (given["src"] or "").partition(",")
+            assert head == "data:image/png;base64" and given["alt"]
+            self.images.append(base64.b64decode(data))
+        assert tag not in ("link", "script", "iframe") and not {"srcset", "background"} & set(given)
+        if given.get("href"):
+            self.links.append(str(given["href"]))
+        if given.get("id"):
+            self.ids.add(str(given["id"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _size(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG\r\n")
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the results in this repository."""
+    path, left_out = report.write(report.RESULTS, tmp_path_factory.mktemp("report"), "the command")
+    assert left_out == {}
+    return path
+
+
+def test_every_result_is_on_the_page(written: Path) -> None:
+    page = Page(written.read_text())
+    results = sorted(report.RESULTS.rglob("*.json"))
+    assert results and "the command" in page.text
+    for path in results:
+        data = json.loads(path.read_text())
+        facts = found.circumstances(data)
+        assert str(path.relative_to(report.RESULTS)) in page.text
+        assert found.machine_name(data) in page.text
+        assert all(value in page.text for value in facts.values())
+        for case in data.get("cases", ()):
+            assert case["name"] in page.text
+    assert all(link.removeprefix("#") in page.ids and link.startswith("#") for link in page.links)
+    assert "://" not in written.read_text()
+
+
+def test_pictures_are_files_of_sensible_sizes(written: Path) -> None:
+    images = Page(written.read_text()).images
+    files = {path.name: path.read_bytes() for path in written.parent.glob("*.png")}
+    assert sorted(images) == sorted(files.values()) and "bytes-per-parameter.png" in files
+    for name, png in files.items():
+        width, height = _size(png)
+        assert 700 <= width <= 2000 and 400 <= height <= 2600, (name, width, height)
+        assert len(png) > 10_000, name
+
+
+def _training(label: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "elements": 1000,
+        "train_loss": [3.0, None, 2.0],
+        "lr": [0.1] * 3,
+        "validation": [[0, 3.0], [3, 2.1]],
+        "step_seconds": [0.1] * 3,
+        "optimizer_seconds": [0.01] * 3,
+        "memory": {"parameters": 4000, "gradients": 4000, "states": 8000, "activations": 9000},
+        "spectral_norms": {},
+    }
+
+
+def _files() -> dict[str, Any]:
+    machine = json.loads(next(report.RESULTS.rglob("step.json")).read_text())["machine"]
+    ms = {"min": 1.0, "q1": 1.5, "median": 2.0, "q3": 2.5, "n": 3}
+    product = {"case": "gram 1x64x64 bfloat16", "tile": "64x128", "ms": ms, "torch_ms": ms}
+    sizes = {"shapes": "2x8", "tensors": 2, "elements": 16, "gradients": "fresh"}
+    compared = {**sizes, "name": "Lion fp32", "status": "ok", "ratio": 0.9, "quartiles": [0.8, 1.0]}
+    names = ("fused_optim", "torch")
+    kernel = {"kernel": "adam", "storage": "fp32/fp32/fp32/fp32", "sm": 90, "strided": False}
+    environment = {
+        "torch": "2.13.0",
+        "cpu": "A processor",
+        "logical_cpus": 3,
+        "torch_threads": 2,
+        "gpu": None,
+    }
+    return {
+        "products": {
+            "kind": "products",
+            "machine": {**machine, "gpu": {"name": "A GPU"}, "commit": "abc+"},
+            "cases": [
+                {**product, "speedup": 1.5, "speedup_quartiles": [1.4, 1.6], "torch_tflops": 9.0},
+                {"case": "gram 1x128x128 bfloat16", "failed": "no <memory>"},
+            ],
+        },
+        "base": {
+            "kind": "base",
+            "machine": machine,
+            "base": {"ref": "main", "commit": "abc"},
+            "cases": [compared, {**sizes, "name": "Muon", "status": "missing", "reason": "no such class"}],
+        },
+        "training": {
+            "config": {"steps": 3, "batch_size": 2, "sequence_length": 8, "seed": 0},
+            "environment": environment,
+            "parameters": 1000,
+            "summary": {name: SUMMARY for name in names},
+            "runs": {name: _training(f"{name} AdamW fp32") for name in names},
+        },
+        "static": {
+            "kind": "static",
+            "machine": machine,
+            "kernels": [{**kernel, "arithmetic": kind, "share": 0.3} for kind in ("exact", "fast")],
+        },
+        "quick": {"quick": True, "kind": "step", "cases": [{}]},
+        "empty": {"kind": "products", "cases": []},
+        "other": {"kind": "else"},
+        "list": [1],
+    }
+
+
+def test_other_kinds_are_shown_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, content in _files().items():
+        (results / f"{name}.json").write_text(json.dumps(content))
+    (results / "broken.json").write_text("{")
+    assert report.main(["--results", str(results), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    page = Page((tmp_path / "out" / report.PAGE).read_text())
+    shown = (
+        "A GPU",
+        "abc, with changes",
+        "failed: no <memory>",
+        "This version beside main",
+        "A processor, 3 cores",
+        "Compiled kernels, sm_90",
+    )
+    for text in (*shown, "Pretraining: 1,000 parameters", "fused_optim AdamW fp32"):
+        assert text in page.text, text
+    for name in ("quick", "empty", "other", "list", "broken"):
+        assert f"left out: {name}.json: " in printed and f"{name}.json: " in page.text
+    assert len(page.images) == 5
+
+
+def test_many_cases_are_cut_into_figures_that_can_be_read() -> None:
+    groups = [charts.Group(str(i), [charts.Bar("torch-fused", 1.0)] * 3) for i in range(40)]
+    found_pages = charts.pages([*groups, charts.Group("nothing to show", [])])
+    assert [group for page in found_pages for group in page] == groups
+    assert len(found_pages) == 4 and max(map(len, found_pages)) <= 11
+
+
+def test_colours_differ_within_a_chart() -> None:
+    names = ["fused_optim", "torch-fused fp32", "torch-fused bf16", *(f"library{i} fp32" for i in range(5))]
+    styles = charts._styles(names)
+    assert list(styles) == names
+    assert len({(style["color"], style["hatch"]) for style in styles.values()}) == len(names)
+
+
+def test_what_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path / "absent")])
+    assert "is no folder; --results names one" in capsys.readouterr().err
+    monkeypatch.setattr(report, "NEEDS", ("no_such_package",))
+    with pytest.raises(SystemExit):
+        report.main([])
+    assert "report needs no_such_package; install with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on the PATH")
+def test_a_browser_renders_it(written: Path, tmp_path: Path) -> None:
+    shot = tmp_path / "page.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}"]
+    subprocess.run([*command, "--window-size=1200,3000", written.as_uri()], capture_output=True, check=True)
+    assert _size(shot.read_bytes()) == (1200, 3000) and shot.stat().st_size > 100_000

@@ -8,6 +8,8 @@ import sys
 COMMANDS = {
     "step": "time optimizer steps beside other libraries",
     "newton_schulz": "time orthogonalisation, spectral clipping and their products",
+    "masks": "time the search for N:M masks, and masked steps",
+    "sparse_learning": "train with every recipe for N:M sparsity, and compare what they learn",
     "static": "count what the compiled GPU kernels do, without a GPU",
     "products": "time the matrix products beside torch.matmul on a GPU",
     "static_products": "count what their compiled kernels do, without a GPU",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a GPU must prove, in one command of less than 9 minutes and without a network:
-#   bash bench/gpu.sh OUT [all|tests|bench|variants|products|matrices] [--installed]
+#   bash bench/gpu.sh OUT [all|tests|bench|variants|products|matrices|masks] [--installed]
 # builds the package, runs `pytest -m gpu`, times steps, matrix products and whole steps of
 # Muon beside torch, and every backend and arithmetic.
 # OUT gets summary.json, a log and JSON for every part, and report/ with charts. A failing part stops no other.
@@ -11,7 +11,7 @@ usage() { sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed -n '2,7p'; exit 2; 
 
 [[ $# -ge 1 && $# -le 3 ]] || usage
 selected=${2:-all} installed=${3:-}
-[[ $selected =~ ^(all|tests|bench|variants|products|matrices)$ && ( -z $installed || $installed == --installed ) ]] || usage
+[[ $selected =~ ^(all|tests|bench|variants|products|matrices|masks)$ && ( -z $installed || $installed == --installed ) ]] || usage
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,8 +24,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # Seconds: all parts together stay under 9 minutes, a single part gets most of them.
-build_limit=110 tests_limit=170 bench_limit=115 variants_limit=60 products_limit=45 matrices_limit=35
-[[ $selected == all ]] || tests_limit=400 bench_limit=400 variants_limit=400 products_limit=400 matrices_limit=400
+build_limit=110 tests_limit=160 bench_limit=110 variants_limit=55 products_limit=40 matrices_limit=35 masks_limit=25
+[[ $selected == all ]] ||
+  tests_limit=400 bench_limit=400 variants_limit=400 products_limit=400 matrices_limit=400 masks_limit=400
 
 # Only bench/ and tests/ come from the checkout: its fused_optim/ lacks kernels/ and would hide the installed one.
 mkdir "$work/checkout" && ln -s "$root/bench" "$root/tests" "$work/checkout"
@@ -65,7 +66,8 @@ export -f build
 export root python work
 
 if [[ -z $gpu ]]; then
-  build_limit=900
+  # Nobody pays for a CPU's time.
+  build_limit=900 tests_limit=900 bench_limit=900 variants_limit=900 products_limit=900 matrices_limit=900 masks_limit=900
   echo "no GPU that torch can see. This machine can build, collect the GPU tests and try the benchmarks on its CPU;"
   echo "it cannot run the GPU tests, time a GPU or compare backends and arithmetics."
 else
@@ -104,11 +106,15 @@ if wanted products; then
   part products $products_limit "$python" -m bench products --budget 1 --deadline $((products_limit - 15)) \
     --out "$out/products.json"
 fi
+quick=(--rounds 7 --budget 2)
+[[ -n $gpu ]] || quick=(--quick)
 if wanted matrices; then
-  quick=(--rounds 7 --budget 2)
-  [[ -n $gpu ]] || quick=(--quick)
   part matrices $matrices_limit "$python" -m bench newton_schulz --suites step,muon,clip "${quick[@]}" \
     --out "$out/matrices.json"
+fi
+
+if wanted masks; then
+  part masks $masks_limit "$python" -m bench masks "${quick[@]}" --out "$out/masks.json"
 fi
 
 failed=0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,30 +15,10 @@ import fused_optim
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
-from .record import Record, add_out, begin, save
-from .tables import Table, rounded, show, show_circumstances, target_table
-from .timing import Call, Samples, interleave, ratio
+from .comparison import Case, Contender, compare, parser_of
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class Contender:
-    """Something to time, and what it is off by."""
-
-    label: str
-    call: Callable[[], Any]
-    error: Callable[[], float] | None = None
-
-
-@dataclass
-class Case:
-    """Contenders for the same work; ``limits`` bounds the first one's time by that of another."""
-
-    name: str
-    contenders: list[Contender]
-    limits: dict[str, float] = field(default_factory=dict)
 
 
 def released_soft_clip(X: Tensor, c: float, dtype: torch.dtype) -> Tensor:
@@ -201,99 +180,25 @@ def symmetric(args: argparse.Namespace, device: torch.device) -> list[Case]:
 SUITES = {"muon": muon, "step": whole_step, "clip": clip, "products": symmetric}
 
 
-def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
-    """Times the contenders in turn; returns what goes into the JSON."""
-    calls = [Call(contender.label, device, contender.call) for contender in case.contenders]
-    for call in calls:
-        call.call()
-    interleave(calls, rounds, budget, None, least=1)
-    rows = []
-    for contender, call in zip(case.contenders, calls, strict=True):
-        error = None if contender.error is None else float(f"{contender.error():.3g}")
-        rows.append({"label": contender.label, "ms": rounded(call.time.summary()), "error": error})
-    times: dict[str, Samples] = {call.label: call.time for call in calls}
-    targets = []
-    for against, limit in case.limits.items():
-        found, q1, q3 = ratio(calls[0].time, times[against])
-        quartiles = [round(q1, 4), round(q3, 4)]
-        targets.append(
-            {
-                "kind": "ratio",
-                "against": against,
-                "limit": limit,
-                "measured": round(found, 4),
-                "quartiles": quartiles,
-                "met": found <= limit,
-            }
-        )
-    return {"name": case.name, "rounds": rounds, "rows": rows, "targets": targets}
-
-
-def table(record: dict[str, Any]) -> Table:
-    """One case for people: times, ratios to the first contender, errors."""
-    first = record["rows"][0]["ms"]["median"]
-    lines = []
-    for row in record["rows"]:
-        ms = row["ms"]
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
-        lines.append(
-            [
-                row["label"],
-                f"{ms['median']:.4g}",
-                f"{ms['min']:.4g}",
-                f"{ms['q1']:.4g}–{ms['q3']:.4g}",
-                f"{first / ms['median']:.3g}",
-                error,
-            ]
-        )
-    header = ["case", "median ms", "min", "q1–q3", "ours/this", "error"]
-    return Table(f"{record['name']}: {record['rounds']} rounds", header, lines)
-
-
 def _size(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     return int(rows), int(columns or rows)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench newton_schulz", description=__doc__)
-    parser.add_argument("--suites", default=",".join(SUITES), help="comma-separated: " + ", ".join(SUITES))
+    parser = parser_of("newton_schulz", __doc__, SUITES)
     parser.add_argument("--layers", type=int, default=12, help="layers of the Llama")
     parser.add_argument("--width", type=int, default=1024, help="its width d; d_ff is four times that")
     parser.add_argument("--sizes", type=_size, nargs="+", default=[(512, 512), (1024, 1024), (1024, 4096)])
     parser.add_argument("--ratios", type=float, nargs="+", default=[3.0, 30.0, 300.0, 1e4])
     parser.add_argument("--products", type=int, nargs="+", help="sizes of the symmetric products")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_out(parser)
-    parser.add_argument("--quick", action="store_true", help="tiny matrices, three rounds: does it run?")
     return parser
-
-
-def run(args: argparse.Namespace, argv: Sequence[str]) -> Record:
-    """Measures the suites and returns what ``--out`` holds."""
-    device = torch.device(args.device)
-    if args.quick:
-        args.layers, args.width, args.sizes, args.products, args.rounds = 1, 64, [(48, 64)], [64], 3
-    if args.products is None:
-        args.products = [4096, 8192] if device.type == "cuda" else [1024]
-    torch.manual_seed(0)
-    result: Record = {**begin("newton_schulz", argv, device, args.quick), "cases": []}
-    for suite in args.suites.split(","):
-        for case in SUITES[suite](args, device):
-            result["cases"].append(measure(case, device, args.rounds, args.budget))
-            show(table(result["cases"][-1]))
-            save(result, args.out)
-    return result
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    unknown = sorted(set(args.suites.split(",")) - set(SUITES))
-    if unknown:
-        raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(SUITES)}")
-    result = run(args, argv)
-    show(target_table(result["cases"]))
-    show_circumstances(result, args.device)
-    return 0
+    if args.quick:
+        args.layers, args.width, args.sizes, args.products, args.rounds = 1, 64, [(48, 64)], [64], 3
+    if args.products is None:
+        args.products = [4096, 8192] if args.device.startswith("cuda") else [1024]
+    return compare("newton_schulz", SUITES, args, argv)

@@ -81,8 +81,9 @@ def recipes() -> dict[str, Recipe]:
         cls = getattr(fused_optim, name)
         if not (inspect.isclass(cls) and issubclass(cls, fused_optim.FusedOptimizer)):
             continue
-        # AdamW8bit and its like are the same classes with other defaults; Muon's steps are timed elsewhere.
-        if inspect.isabstract(cls) or cls._preset or issubclass(cls, fused_optim.Muon):
+        # AdamW8bit and its like are the same classes with other defaults; others are timed elsewhere.
+        elsewhere = (fused_optim.Muon, fused_optim.CASTAdamS)
+        if inspect.isabstract(cls) or cls._preset or issubclass(cls, elsewhere):
             continue
         accepted = inspect.signature(cls).parameters
         for switch in _SWITCHES:

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
-from fused_optim.kernels.rules import RULES
-from fused_optim.kernels.spec import Codec, Slot, bytes_moved
-from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
+from fused_optim.kernels.masking import GROUPS, masked
+from fused_optim.kernels.rules import CAST_ADAM, RULES
+from fused_optim.kernels.spec import Codec, Rule, Slot
+from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape, traffic
 
 from .compiled import check_triton, run, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
@@ -47,6 +48,23 @@ CODED = (
 STORAGES = PLAIN + CODED
 """(parameter, every state, gradient): what people train with."""
 
+IN_PLACE = ("fp32", "fp32", "fp32", "mask", "fp32")
+MIXED = ("bf16", "fp32", "fp32", "mask", "bf16")
+DENSE = ("bf16", "int8", "int8_unsigned", "mask", "bf16_split16", "bf16")
+MASKED = (
+    *(("adam", group, IN_PLACE) for group in (0, *GROUPS)),
+    *(("cast_adam", group, IN_PLACE) for group in (0, 4)),
+    ("adam", 4, MIXED),
+    ("adam", 4, ("bf16", "fp32", "fp32", "mask", "fp32", "bf16")),
+    ("adam", 4, DENSE),
+    ("adam", 16, DENSE),
+    ("adam", 4, ("bf16_sr", "int4", "int4_unsigned", "mask", "bf16")),
+    ("sgd_momentum", 4, ("bf16", "bf16", "mask", "bf16_split8", "bf16")),
+    ("lion", 4, ("bf16", "bf16", "mask", "bf16")),
+    ("lion", 16, ("bf16", "bf16", "mask", "bf16")),
+)
+"""Rule, size of groups, codecs: parameter, states (the mask and dense weights last), gradient."""
+
 FLOATS = tuple(name for name in OF_DTYPE.values() if CODECS[name].compute == "float32")
 PARAMS = tuple(name for name in PARAM_CODECS if CODECS[name].compute == "float32")
 STATES = tuple(name for name in STATE_CODECS if CODECS[name].compute == "float32")
@@ -55,13 +73,23 @@ _TYPES = {"tiles": "*i32", "table": "*i64", "rows": "*fp32", "layouts": "*i64", 
 
 
 class Job(NamedTuple):
-    """One kernel to compile; ``rule`` is None for the sum of squares."""
+    """One kernel to compile; ``rule`` is None for the sum of squares, ``group`` for rules without a mask."""
 
     rule: str | None
     codecs: tuple[str, ...]
     exact: bool
     strided: bool
     capability: int
+    group: int | None = None
+
+    @property
+    def whole_rule(self) -> Rule:
+        """The rule with its mask."""
+        assert self.rule is not None
+        inner = CAST_ADAM if self.rule == CAST_ADAM.name else RULES[self.rule]
+        if self.group is None:
+            return inner
+        return masked(inner, self.group, keeps_dense=self.codecs[-2] != "mask")
 
 
 @dataclass(frozen=True)
@@ -73,6 +101,7 @@ class Report:
     """
 
     kernel: str
+    group: int | None
     storage: str
     strided: bool
     arithmetic: str
@@ -116,11 +145,20 @@ def step_jobs(
     )
 
 
+def masked_jobs(
+    kinds: Iterable[tuple[str, int, tuple[str, ...]]], exact: Iterable[bool], sm: Iterable[int]
+) -> list[Job]:
+    """The product of the arguments."""
+    jobs = itertools.product(kinds, exact, sm)
+    return [Job(rule, codecs, exact, False, sm, group) for (rule, group, codecs), exact, sm in jobs]
+
+
 def main_jobs(sm: Iterable[int] = CAPABILITIES, rules: Iterable[str] = tuple(RULES)) -> list[Job]:
     """Every rule with the main storages in both arithmetics, one of them strided; sums of squares."""
     sm = tuple(sm)
     jobs = step_jobs(rules, STORAGES, (True, False), sm)
     jobs += [job._replace(strided=True) for job in step_jobs(rules, PLAIN[1:2], (True,), sm)]
+    jobs += [job for job in masked_jobs(MASKED, (True, False), sm) if job.rule in {*rules, CAST_ADAM.name}]
     return jobs + [Job(None, (name,), True, False, capability) for name in FLOATS for capability in sm]
 
 
@@ -147,6 +185,11 @@ def quick_jobs() -> list[Job]:
     # The first half of a step that is cut by whole matrices; the second one is sgd's.
     halves = [("blank", "fp32", "fp32"), ("blank", "int8", "bf16")]
     jobs += step_jobs(("adam", "lion"), halves, (True,), (90,))
+    # Twins of kernels above, the dearest mask, CAST, dense weights.
+    jobs += masked_jobs([("adam", 4, IN_PLACE)], (True, False), (90,))
+    jobs += masked_jobs([("adam", 4, MIXED)], (True,), (80, 100))
+    jobs += masked_jobs([("adam", 16, IN_PLACE), ("cast_adam", 4, IN_PLACE)], (True,), (90,))
+    jobs += masked_jobs([("adam", 4, DENSE)], (False,), (90,))
     return jobs + [Job(None, (name,), True, False, 90) for name in FLOATS]
 
 
@@ -164,7 +207,7 @@ def compile_kernel(job: Job) -> Any:
         constants, options = driver.square_sum_constants(codecs[0], job.strided)
     else:
         kernel = step.step
-        constants, options = driver.step_constants(RULES[job.rule], codecs, job.strided, job.exact)
+        constants, options = driver.step_constants(job.whole_rule, codecs, job.strided, job.exact)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else _TYPES.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
@@ -173,7 +216,7 @@ def compile_kernel(job: Job) -> Any:
 
 
 def _traffic(
-    accesses: list[Access], codecs: list[Codec], elements: float, strided: bool
+    accesses: list[Access], codecs: list[Codec], elements: float, vector: int, strided: bool
 ) -> tuple[float, float, float, float, tuple[int, ...]]:
     """Bytes read and written, instructions for scales and lookups, each per element; widths of the others."""
     bytes_of, scales, gathered, widths = [0.0, 0.0], 0, 0, set[int]()
@@ -190,7 +233,8 @@ def _traffic(
         elif codec.block > 1 and plane.per == codec.block:
             scales += 1
         else:
-            bytes_of[access.store] += access.bytes
+            # Threads whose neighbours share a byte of a mask read it at once, and one of them writes it.
+            bytes_of[access.store] += access.bytes / max(1, plane.per // vector)
             widths.add(access.bytes)
     per_scale = sum(p.bits / 8 / p.per for c in codecs for p in c.planes if c.block > 1 and p.per == c.block)
     read, written = (total / elements + per_scale for total in bytes_of)
@@ -209,15 +253,16 @@ def report(job: Job) -> Report:
     shape = launch_shape(codecs)
     threads = 32 * shape.warps
     elements = (shape.chunk if job.strided else shape.tile) / threads
-    read, written, scales, gathered, widths = _traffic(accesses, codecs, elements, job.strided)
+    read, written, scales, gathered, widths = _traffic(accesses, codecs, elements, shape.vector, job.strided)
     if job.rule is None:
         model, auto = (codecs[0].bytes_per_value, 0.0), "exact"
     else:
         param, *states, grad = codecs
-        model = bytes_moved(RULES[job.rule], param, grad, tuple(states))
-        auto = "exact" if auto_exact(RULES[job.rule], param, grad, tuple(states)) else "fast"
+        model = traffic(job.whole_rule, param, grad, tuple(states))
+        auto = "exact" if auto_exact(job.whole_rule, param, grad, tuple(states)) else "fast"
     return Report(
         kernel=job.rule or "square_sum",
+        group=job.group,
         storage="/".join(job.codecs),
         strided=job.strided,
         arithmetic="exact" if job.exact else "fast",
@@ -244,14 +289,15 @@ def report(job: Job) -> Report:
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
-        f"{'kernel':<14}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
+        f"{'kernel':<16}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
         "  registers  emitted  executed   budget  used  auto"
     ]
     for r in reports:
+        kernel = r.kernel + ("" if r.group is None else f" of {r.group}")
         storage = r.storage + (" strided" if r.strided else "")
         access = ",".join(map(str, r.access))
         lines.append(
-            f"{r.kernel:<14}{storage:<53}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
+            f"{kernel:<16}{storage:<53}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
             f"{r.registers:>11}{r.emitted:>9.1f}{r.executed:>10.1f}{r.budget:>9.1f}{r.share:>6.0%}  {r.auto}"
         )
     return "\n".join(lines)

@@ -150,9 +150,14 @@ struct bf16_split8 : EachForItself {
   }
 };
 
+// One bit for a weight, which masked rules read and write themselves.
+struct mask : EachForItself {
+  static constexpr FO_ANYWHERE int bits(int) { return 1; }
+};
+
 }  // namespace
 
-// Those of gradients, the further ones of parameters and states, and those of states only.
+// Those of gradients, the further ones of parameters and states, those of states only, and that of masks.
 #define FO_PLAIN_CODECS(CODEC) CODEC(fp32) CODEC(bf16) CODEC(fp16)
 #define FO_SPLIT_CODECS(CODEC) \
   CODEC(bf16_sr)               \
@@ -162,7 +167,8 @@ struct bf16_split8 : EachForItself {
   CODEC(int8_unsigned)         \
   CODEC(int8_companded)        \
   CODEC(int8_companded_unsigned) CODEC(fp8) CODEC(fp8_unsigned) CODEC(int4) CODEC(int4_unsigned)
-#define FO_CODECS(CODEC) FO_PLAIN_CODECS(CODEC) FO_SPLIT_CODECS(CODEC) FO_BLOCK_CODECS(CODEC)
+#define FO_VALUE_CODECS(CODEC) FO_PLAIN_CODECS(CODEC) FO_SPLIT_CODECS(CODEC) FO_BLOCK_CODECS(CODEC)
+#define FO_CODECS(CODEC) FO_VALUE_CODECS(CODEC) CODEC(mask)
 
 namespace {
 
@@ -183,6 +189,12 @@ constexpr int ELEMENTWISE_COUNT = PLAIN_COUNT FO_SPLIT_CODECS(FO_ONE);
 template <class Visit>
 FO_INLINE auto with_codec(int id, Visit visit) {
   switch (id) { FO_CODECS(FO_CASE) }
+  __builtin_unreachable();
+}
+// The same for one of values.
+template <class Visit>
+FO_INLINE auto with_values(int id, Visit visit) {
+  switch (id) { FO_VALUE_CODECS(FO_CASE) }
   __builtin_unreachable();
 }
 // The same for an id below PLAIN_COUNT, and for all others: smaller switches.

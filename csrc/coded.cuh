@@ -234,7 +234,7 @@ FO_INLINE void encode_param(const Slot& slot, const Place& place, const Stream& 
 }
 
 FO_INLINE void decode_state(const Slot& slot, Words<EIGHT>& words, F* x) {
-  with_codec(slot.codec, [&](auto c) {
+  with_values(slot.codec, [&](auto c) {
     if constexpr (decltype(c)::block == 1) {
       decode_each<decltype(c)>(words, x);
     } else {

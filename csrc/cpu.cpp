@@ -69,6 +69,11 @@ struct Shares {
     threads = static_cast<int>(useful < most_threads ? useful : most_threads);
   }
 
+  Shares(int64_t count, int64_t elements, int most_threads) : units(count) {
+    int64_t useful = forked ? 1 : elements / ELEMENTS_WORTH_A_THREAD;
+    threads = static_cast<int>(useful < most_threads ? useful : most_threads);
+  }
+
   // Calls work(first, last) so that every unit is covered once.
   template <class Work>
   void run(Work work) const {
@@ -93,13 +98,14 @@ FO_API const char* const* fused_optim_cpu_codecs() { return codec_names; }
 FO_API const char* fused_optim_cpu_isa(int isa) { return isas()[isa].name; }
 FO_API int fused_optim_cpu_runs(int isa) { return isas()[isa].runs_here; }
 
-FO_API int fused_optim_cpu_step(int rule, const int32_t* codecs, const int64_t* table, int64_t n,
-                                const float* rows, int64_t row_length, const int64_t* layouts, int threads,
-                                int isa) {
-  if (Error error = check_ids(rule, codecs)) return error;
+FO_API int fused_optim_cpu_step(int rule, int group, const int32_t* codecs, int n_codecs,
+                                const int64_t* table, int64_t n, const float* rows, int64_t row_length,
+                                const int64_t* layouts, int threads, int isa) {
+  Work work{rule, group, codecs, n_codecs};
+  if (Error error = check(work)) return error;
   const Isa* code = isa_at(isa);
   if (!code) return UNKNOWN_ISA;
-  Step step{rule, codecs, {table, n}, rows, row_length, layouts};
+  Step step{work, {table, n}, rows, row_length, layouts};
   Shares(step.table, STEP_UNIT, threads).run([&](int64_t first, int64_t last) {
     code->step(step, first, last);
   });
@@ -118,5 +124,36 @@ FO_API int fused_optim_cpu_square_sum(int codec, int column, const int64_t* tabl
   shares.run([&](int64_t first, int64_t last) { code->square_sums(gradients, first, last, sums.get()); });
   *sum = 0;
   for (int64_t unit = 0; unit < shares.units; ++unit) *sum += sums[unit];
+  return OK;
+}
+
+// Writes to `bits` which of `count` values are among the `kept` largest magnitudes of their group of
+// neighbours.
+FO_API int fused_optim_cpu_nm_mask(const void* x, int codec, int64_t count, int group, int kept,
+                                   uint8_t* bits, int threads, int isa) {
+  if (codec < 0 || codec >= PLAIN_COUNT) return UNKNOWN_CODEC;
+  if (group < 2 || group > LARGEST_GROUP) return UNKNOWN_GROUP;
+  const Isa* code = isa_at(isa);
+  if (!code) return UNKNOWN_ISA;
+  Values values{codec, static_cast<const char*>(x)};
+  int64_t unit = 64 * group;
+  Shares((count + unit - 1) / unit, count, threads).run([&](int64_t first, int64_t last) {
+    int64_t end = last * unit < count ? last * unit : count;
+    code->nm_mask(values, first * unit, end, group, kept, bits);
+  });
+  return OK;
+}
+
+// Writes to `bits` the best mask of a matrix's 4x4 blocks with two in every row and column (tensor_masks.h).
+FO_API int fused_optim_cpu_transposable_mask(const void* x, int codec, int64_t rows, int64_t columns,
+                                             uint8_t* bits, int threads, int isa) {
+  if (codec < 0 || codec >= PLAIN_COUNT) return UNKNOWN_CODEC;
+  if (rows % 4 || columns % 4) return UNKNOWN_GROUP;
+  const Isa* code = isa_at(isa);
+  if (!code) return UNKNOWN_ISA;
+  Values values{codec, static_cast<const char*>(x)};
+  Shares(rows / 4, rows * columns, threads).run([&](int64_t first, int64_t last) {
+    code->transposable_mask(values, columns, 4 * first, 4 * last, bits);
+  });
   return OK;
 }

@@ -19,6 +19,7 @@ using F = float;
 using U = uint32_t;
 using H = uint16_t;
 using B = uint8_t;
+using Mask = bool;
 
 FO_INLINE F select(bool mask, F yes, F no) { return mask ? yes : no; }
 FO_INLINE U select(bool mask, U yes, U no) { return mask ? yes : no; }

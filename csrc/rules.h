@@ -1,4 +1,4 @@
-// What an optimizer does to p, g and its states s. A rule is one struct and one line in FO_RULES.
+// What an optimizer does to p, g and its states s. A rule is one struct and one word in FO_RULES' lists.
 //
 // The members are the row's scalars in the catalogue's order (kernels/rules.py); `slots` counts the states.
 // Every operation rounds once, in the order written.
@@ -74,9 +74,25 @@ struct sgd_momentum {
   }
 };
 
+// It looks at the mask, and so exists in its masked form only.
+struct cast_adam {
+  static constexpr int slots = 2;
+  F w1, b2, w2, c1, c2, eps, step_size, kept_part, l1;
+
+  FO_INLINE void operator()(F& p, F g, F* s, Mask keep) const {
+    F &m = s[0], &v = s[1];
+    m = m + w1 * (g - m);
+    F mixed = select(keep, m, kept_part * m + l1 * sign(p));
+    F x = c1 * mixed;
+    v = b2 * v + (w2 * x) * x;
+    p = p - step_size * (mixed / (sqrt(v) * c2 + eps));
+  }
+};
+
 }  // namespace
 
-#define FO_RULES(RULE) RULE(adam) RULE(adam_amsgrad) RULE(lion) RULE(sgd) RULE(sgd_momentum)
+#define FO_DENSE_RULES(RULE) RULE(adam) RULE(adam_amsgrad) RULE(lion) RULE(sgd) RULE(sgd_momentum)
+#define FO_RULES(RULE) FO_DENSE_RULES(RULE) RULE(cast_adam)
 
 namespace {
 
@@ -84,12 +100,14 @@ namespace {
 enum RuleId { FO_RULES(FO_ID) RULE_COUNT };
 #undef FO_ID
 
+template <class Rule>
+constexpr int scalar_count = sizeof(Rule) / sizeof(F);
+
 // A rule whose members are a row's scalars.
 template <class Rule>
 FO_INLINE Rule with_scalars(const float* k) {
-  constexpr int count = sizeof(Rule) / sizeof(F);
-  F members[count];
-  for (int i = 0; i < count; ++i) members[i] = F(k[i]);
+  F members[scalar_count<Rule>];
+  for (int i = 0; i < scalar_count<Rule>; ++i) members[i] = F(k[i]);
   Rule rule;
   memcpy(&rule, members, sizeof rule);
   return rule;

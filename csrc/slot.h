@@ -2,7 +2,7 @@
 #pragma once
 
 #include "codecs.h"
-#include "rules.h"
+#include "masked.h"
 #include "table.h"
 
 namespace {
@@ -29,16 +29,6 @@ struct Slot {
   const char* lookup;
 };
 
-// Reads a slot's addresses from the table and moves `column` behind them.
-FO_INLINE Slot take(int codec, const fo::Table& table, int64_t tensor, int& column) {
-  Slot slot{codec, {}, nullptr};
-  with_codec(codec, [&](auto c) FO_LAMBDA {
-    for (int plane = 0; plane < c.planes; ++plane) slot.planes[plane] = table.plane(column++, tensor);
-    if (c.lookup) slot.lookup = table.plane(column++, tensor);
-  });
-  return slot;
-}
-
 // In the order of their ids; lists of names end with a null.
 #define FO_NAME(type) #type,
 constexpr const char* rule_names[] = {FO_RULES(FO_NAME) nullptr};
@@ -49,11 +39,21 @@ constexpr const char* codec_names[] = {FO_CODECS(FO_NAME) nullptr};
 constexpr int state_counts[] = {FO_RULES(FO_STATES)};
 #undef FO_STATES
 
-inline fo::Error check_ids(int rule, const int32_t* codecs) {
-  if (rule < 0 || rule >= RULE_COUNT) return fo::UNKNOWN_RULE;
-  for (int i = 0; i < 2 + state_counts[rule]; ++i) {
-    int end = i == 0 ? ELEMENTWISE_COUNT : i == 1 ? PLAIN_COUNT : CODEC_COUNT;
-    if (codecs[i] < 0 || codecs[i] >= end) return fo::UNKNOWN_CODEC;
+// Where the codec of a mask stands.
+inline int mask_of(const fo::Work& work) { return 2 + state_counts[work.rule]; }
+inline bool is_masked_work(const fo::Work& work) { return work.n_codecs > mask_of(work); }
+
+inline fo::Error check(const fo::Work& work) {
+  if (work.rule < 0 || work.rule >= RULE_COUNT) return fo::UNKNOWN_RULE;
+  int mask = mask_of(work), fewest = mask + (work.rule == id_cast_adam);
+  if (work.n_codecs < fewest || work.n_codecs > mask + 2) return fo::UNKNOWN_RULE;
+  bool power_of_two = (work.group & (work.group - 1)) == 0;
+  if (work.group < 0 || work.group == 1 || work.group > 16 || !power_of_two) return fo::UNKNOWN_GROUP;
+  for (int i = 0; i < work.n_codecs; ++i) {
+    int begin = i == mask ? id_mask : 0, end = i == mask ? CODEC_COUNT : id_mask;
+    if (i == 0 || i > mask) end = ELEMENTWISE_COUNT;
+    if (i == 1) end = PLAIN_COUNT;
+    if (work.codecs[i] < begin || work.codecs[i] >= end) return fo::UNKNOWN_CODEC;
   }
   return fo::OK;
 }

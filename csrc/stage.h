@@ -5,6 +5,16 @@
 
 namespace {
 
+// Reads a slot's addresses from the table and moves `column` behind them.
+inline Slot take(int codec, const fo::Table& table, int64_t tensor, int& column) {
+  Slot slot{codec, {}, nullptr};
+  with_codec(codec, [&](auto c) FO_LAMBDA {
+    for (int plane = 0; plane < c.planes; ++plane) slot.planes[plane] = table.plane(column++, tensor);
+    if (c.lookup) slot.lookup = table.plane(column++, tensor);
+  });
+  return slot;
+}
+
 // Offsets of consecutive elements of a strided parameter and its gradient.
 class Odometer {
  public:

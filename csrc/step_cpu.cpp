@@ -1,6 +1,6 @@
 // A step and a sum of squares over a range of elements, compiled once per instruction set (FO_ISA).
 #include "chunk.h"
-#include "isa.h"
+#include "tensor_masks.h"
 
 namespace {
 
@@ -29,20 +29,45 @@ struct Plain : Slot {
 // Unrolled, or GCC keeps the slots' values in memory on some instruction sets.
 #define FO_EACH_SLOT _Pragma("GCC unroll 8") for (int slot = 0; slot < Rule::slots; ++slot)
 
+// What a step of one tensor needs beside its slots.
+template <class Rule>
+struct Task {
+  Rule rule;
+  F g_scale;
+  // Neighbours that compete for a place in the mask, if this step makes a new one.
+  int group;
+};
+
 // Everything a rule reads and writes of one tensor.
 template <class Rule>
 struct Slots {
   Plain param, grad, states[Rule::slots + (Rule::slots == 0)];
+  // A masked rule's last state, the weights before pruning, may be missing.
+  bool keeps_dense;
+
+  FO_INLINE bool has(int slot) const { return !is_masked<Rule> || keeps_dense || slot + 1 < Rule::slots; }
 
   // Calls visit(slot, number) for what a step writes.
   template <class Visit>
   FO_INLINE void each_written(Visit visit) {
     visit(param, 0);
-    FO_EACH_SLOT visit(states[slot], 1 + slot);
+    FO_EACH_SLOT {
+      if (has(slot)) visit(states[slot], 1 + slot);
+    }
   }
 
-  // Full vectors of elements [begin, end).
-  FO_INLINE void update(Rule rule, F g_scale, int64_t begin, int64_t end, int64_t ahead = 0) const {
+  // Vectors of elements [begin, end), the last of which has `lanes` elements.
+  FO_INLINE void update(const Task<Rule>& task, int64_t begin, int64_t end, int64_t ahead = 0,
+                        int lanes = LANES) const {
+    if constexpr (is_masked<Rule>) {
+      update_masked(task, begin, end, ahead, lanes);
+    } else {
+      update_dense(task, begin, end, ahead);
+    }
+  }
+  FO_INLINE void update_dense(const Task<Rule>& task, int64_t begin, int64_t end, int64_t ahead) const {
+    const Rule rule = task.rule;
+    const F g_scale = task.g_scale;
     for (int64_t i = begin; i < end; i += LANES) {
       F p = param.load(i, ahead), g = grad.load(i, ahead) * g_scale, s[Rule::slots + 1];
       FO_EACH_SLOT s[slot] = states[slot].load(i, ahead);
@@ -52,18 +77,72 @@ struct Slots {
     }
   }
 
+  // Updates PASS elements before it says which of them are kept: one loop would have a chain of operations so
+  // long that a core finds no room for the next vectors. Not inlined: its copies were half of the library.
+  __attribute__((noinline)) void update_masked(const Task<Rule>& task, int64_t begin, int64_t end,
+                                               int64_t ahead, int lanes) const {
+    constexpr int PASS = 512;
+    alignas(64) float updated[PASS];
+    for (; begin < end; begin += PASS) {
+      int64_t last = begin + PASS < end ? begin + PASS : end;
+      update_weights(task, begin, last, ahead, updated);
+      prune(task, begin, last, lanes, updated);
+    }
+  }
+
+  FO_INLINE void update_weights(const Task<Rule>& task, int64_t begin, int64_t end, int64_t ahead,
+                                float* updated) const {
+    constexpr int own = Rule::own_slots;
+    const Slots slots = *this;
+    const Rule rule = task.rule;
+    const F g_scale = task.g_scale;
+    const Plain weights = keeps_dense ? slots.states[own + 1] : slots.param;
+    const char* const mask = slots.states[own].planes[0];
+    const int64_t bytes = with_plain(slots.param.codec, [](auto c) { return c.bits(0) / 8; });
+    for (int64_t i = begin; i < end; i += LANES) {
+      F p = weights.load(i, ahead), g = slots.grad.load(i, ahead) * g_scale, s[own + 1];
+      FO_UNROLL for (int slot = 0; slot < own; ++slot) s[slot] = slots.states[slot].load(i, ahead);
+      rule.update(p, g, s, load_mask(mask + i / 8));
+      store(updated + (i - begin), p);
+      // Which is only written, and so no load asks for it.
+      if (slots.keeps_dense) __builtin_prefetch(slots.param.planes[0] + i * bytes + ahead, 1);
+      FO_UNROLL for (int slot = 0; slot < own; ++slot) slots.states[slot].store(i, s[slot]);
+    }
+  }
+
+  FO_INLINE void prune(const Task<Rule>& task, int64_t begin, int64_t end, int lanes,
+                       const float* updated) const {
+    constexpr int own = Rule::own_slots;
+    const Slots slots = *this;
+    const Rule rule = task.rule;
+    const int group = task.group;
+    char* const mask = slots.states[own].planes[0];
+    const Mask there = first_lanes(lanes);
+    for (int64_t i = begin; i < end; i += LANES) {
+      F p = load<float>(updated + (i - begin));
+      Mask keep = group ? largest_of_groups(p, group, rule.kept, there) : load_mask(mask + i / 8);
+      slots.param.store(i, rule.shown(p, keep));
+      if (slots.keeps_dense) slots.states[own + 1].store(i, p);
+      store_mask(mask + i / 8, keep & there);
+    }
+  }
+
   // Elements [begin, end), of which the last ones do not fill a vector in memory.
-  void update_all(const Rule& rule, F g_scale, int64_t begin, int64_t end, int64_t ahead = 0) {
+  __attribute__((noinline)) void update_all(const Task<Rule>& task, int64_t begin, int64_t end,
+                                            int64_t ahead = 0) {
     int64_t full = end - (end - begin) % LANES;
-    update(rule, g_scale, begin, full, ahead);
+    update(task, begin, full, ahead);
     if (full == end) return;
     Stage stages[Rule::slots + 2];
     int count = static_cast<int>(end - full);
     Slots lanes;
+    lanes.keeps_dense = keeps_dense;
     lanes.grad = Plain{stages[Rule::slots + 1].fetch(grad, full, count)};
     lanes.param = Plain{stages[0].fetch(param, full, count)};
-    FO_EACH_SLOT lanes.states[slot] = Plain{stages[1 + slot].fetch(states[slot], full, count)};
-    lanes.update(rule, g_scale, 0, LANES);
+    FO_EACH_SLOT {
+      if (has(slot)) lanes.states[slot] = Plain{stages[1 + slot].fetch(states[slot], full, count)};
+    }
+    lanes.update(task, 0, LANES, 0, count);
     each_written([&](const Slot& slot, int number) { stages[number].put_back(slot, full, count); });
   }
 };
@@ -71,12 +150,19 @@ struct Slots {
 template <class Rule>
 Slots<Rule> slots_of(const Step& step, int64_t tensor) {
   Slots<Rule> slots;
+  const int32_t* codecs = step.work.codecs;
   int column = HEADER;
-  slots.param = Plain{take(step.codecs[0], step.table, tensor, column)};
-  FO_EACH_SLOT slots.states[slot] = Plain{take(step.codecs[2 + slot], step.table, tensor, column)};
-  slots.grad = Plain{take(step.codecs[1], step.table, tensor, column)};
+  slots.keeps_dense = step.work.n_codecs == 2 + Rule::slots;
+  slots.param = Plain{take(codecs[0], step.table, tensor, column)};
+  FO_EACH_SLOT {
+    if (slots.has(slot)) slots.states[slot] = Plain{take(codecs[2 + slot], step.table, tensor, column)};
+  }
+  slots.grad = Plain{take(codecs[1], step.table, tensor, column)};
   return slots;
 }
+
+// Whether a slot's values pass through a buffer.
+FO_INLINE bool is_staged(const Slot& slot) { return slot.codec >= PLAIN_COUNT && slot.codec != id_mask; }
 
 // Elements of a tensor that are not all in plain codecs, or strided: CHUNK of them at a time.
 template <class Rule>
@@ -87,26 +173,23 @@ class Chunk {
     slots_.each_written([&](Slot& slot, int) { slot = from_element(slot, first); });
   }
 
-  void update(const Rule& rule, F g_scale, Stream stream) {
+  void update(const Task<Rule>& task, Stream stream) {
     Slots<Rule> plain = slots_;
     plain.each_written([&](Slot& slot, int number) {
-      if (slot.codec >= PLAIN_COUNT) {
-        slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
-      }
+      if (is_staged(slot)) slot = Slot{id_fp32, {reinterpret_cast<char*>(values_[number])}, nullptr};
     });
     slots_.each_written([&](const Slot& slot, int number) {
-      if (slot.codec >= PLAIN_COUNT) decode(slot, count_, values_[number]);
+      if (is_staged(slot)) decode(slot, count_, values_[number]);
     });
-    plain.update_all(rule, g_scale, 0, count_);
+    plain.update_all(task, 0, count_);
     slots_.each_written([&](const Slot& slot, int number) {
       stream.slot = static_cast<uint32_t>(number);
-      if (slot.codec >= PLAIN_COUNT) encode(slot, count_, values_[number], stream, first_, ahead(number));
+      if (is_staged(slot)) encode(slot, count_, values_[number], stream, first_, ahead(number));
     });
   }
 
   // The same for a parameter and gradient with strides, whose elements are copied side by side.
-  void update_strided(const Rule& rule, F g_scale, Stream stream, const Slots<Rule>& home,
-                      Odometer odometer) {
+  void update_strided(const Task<Rule>& task, Stream stream, const Slots<Rule>& home, Odometer odometer) {
     Odometer back = odometer;
     int bytes = bytes_of(home.param), grad_bytes = bytes_of(home.grad);
     for (int i = 0; i < count_; ++i, odometer.advance()) {
@@ -115,7 +198,7 @@ class Chunk {
     }
     slots_.param.planes[0] = param_;
     slots_.grad.planes[0] = grad_;
-    update(rule, g_scale, stream);
+    update(task, stream);
     for (int i = 0; i < count_; ++i, back.advance()) {
       copy_entry(home.param.planes[0] + back.param() * bytes, param_ + i * bytes, bytes);
     }
@@ -152,20 +235,20 @@ void update(const Step& step, int64_t tensor, int64_t begin, int64_t end) {
   const float* row = step.rows + step.table.at(ROW, tensor) * step.row_length;
   if (row[ACTIVE] == 0) return;
   auto slots = slots_of<Rule>(step, tensor);
-  auto rule = with_scalars<Rule>(row + SCALARS);
-  F g_scale = row[G_SCALE];
+  bool new_mask = is_masked<Rule> && row[SCALARS + scalar_count<Rule> - 1] > 0;
+  Task<Rule> task{with_scalars<Rule>(row + SCALARS), row[G_SCALE], new_mask ? step.work.group : 0};
   bool plain = true;
-  slots.each_written([&](const Slot& slot, int) { plain = plain && slot.codec < PLAIN_COUNT; });
-  if (plain && !step.layouts) return slots.update_all(rule, g_scale, begin, end, PAGE);
+  slots.each_written([&](const Slot& slot, int) { plain = plain && !is_staged(slot); });
+  if (plain && !step.layouts) return slots.update_all(task, begin, end, PAGE);
   Stream stream{0, 0, static_cast<uint32_t>(step.table.at(ORDINAL, tensor)), 0};
   memcpy(&stream.seed, row + SEED, 4), memcpy(&stream.step, row + fo::STEP, 4);
   for (int64_t first = begin; first < end; first += CHUNK) {
     Chunk<Rule> chunk(slots, first, static_cast<int>(end - first < CHUNK ? end - first : CHUNK));
     if (step.layouts) {
       Layout layout{step.layouts + step.table.at(LAYOUT, tensor) * LAYOUT_LENGTH};
-      chunk.update_strided(rule, g_scale, stream, slots, Odometer(layout, first));
+      chunk.update_strided(task, stream, slots, Odometer(layout, first));
     } else {
-      chunk.update(rule, g_scale, stream);
+      chunk.update(task, stream);
     }
   }
 }
@@ -187,13 +270,19 @@ void step(const Step& step, int64_t first, int64_t last) {
       update(step, tensor, begin, end);
     });
   };
-  switch (step.rule) {
-#define FO_CASE(rule) \
-  case id_##rule:     \
+#define FO_DENSE_CASE(rule) \
+  case id_##rule:           \
     return with(update<rule>);
-    FO_RULES(FO_CASE)
-#undef FO_CASE
+#define FO_MASKED_CASE(rule) \
+  case id_##rule:            \
+    return with(update<masked<rule>>);
+  if (is_masked_work(step.work)) {
+    switch (step.work.rule) { FO_RULES(FO_MASKED_CASE) }
+  } else {
+    switch (step.work.rule) { FO_DENSE_RULES(FO_DENSE_CASE) }
   }
+#undef FO_MASKED_CASE
+#undef FO_DENSE_CASE
 }
 
 // Every lane has its own sum, so that the order of additions is the same on every instruction set.
@@ -258,5 +347,5 @@ void square_sums(const Gradients& gradients, int64_t first, int64_t last, double
 
 namespace fo {
 extern const Isa FO_ISA;
-const Isa FO_ISA{step, square_sums};
+const Isa FO_ISA{step, square_sums, nm_mask, transposable_mask};
 }  // namespace fo

@@ -226,8 +226,10 @@ __global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
   }
 }
 
-int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int device, void* stream) {
-  if (Error error = check_ids(rule, codecs)) return -error;
+int launch_step(const Work& work, Launch launch, int n_tiles, int device, void* stream) {
+  if (Error error = check(work)) return -error;
+  if (is_masked_work(work)) return -UNKNOWN_RULE;
+  const int32_t* codecs = work.codecs;
   bool plain = true, wide = false, shared = false;
   int column = HEADER;
   auto use = [&](int i) {
@@ -239,14 +241,14 @@ int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int
     shared = shared || storage.block_shift > 0 || storage.random;
   };
   use(0);
-  for (int i = 0; i < state_counts[rule]; ++i) use(2 + i);
+  for (int i = 2; i < mask_of(work); ++i) use(i);
   use(1);
   launch.neighbours = shared || !wide;
-  switch (rule) {
+  switch (work.rule) {
 #define FO_CASE(rule) \
   case id_##rule:     \
     return launch_tiles(plain ? step_kernel<rule> : step_coded_kernel<rule>, n_tiles, device, stream, launch);
-    FO_RULES(FO_CASE)
+    FO_DENSE_RULES(FO_CASE)
 #undef FO_CASE
   }
   return -UNKNOWN_RULE;
@@ -255,10 +257,10 @@ int launch_step(int rule, Launch launch, const int32_t* codecs, int n_tiles, int
 }  // namespace
 
 // Returns 0, CUDA's error, or minus one of ours. Pointers are the device's, save `codecs`.
-FO_API int FO_ARITHMETIC(fused_optim_cuda_step)(int rule, const int32_t* codecs, const int64_t* table,
-                                                int64_t n, const int32_t* tiles, int n_tiles,
-                                                const float* rows, int64_t row_length, const int64_t* layouts,
-                                                int device, void* stream) {
+FO_API int FO_ARITHMETIC(fused_optim_cuda_step)(int rule, int group, const int32_t* codecs, int n_codecs,
+                                                const int64_t* table, int64_t n, const int32_t* tiles,
+                                                int n_tiles, const float* rows, int64_t row_length,
+                                                const int64_t* layouts, int device, void* stream) {
   Launch launch{{table, n}, reinterpret_cast<const int2*>(tiles), layouts, rows, row_length, {}, false};
-  return launch_step(rule, launch, codecs, n_tiles, device, stream);
+  return launch_step({rule, group, codecs, n_codecs}, launch, n_tiles, device, stream);
 }

@@ -8,7 +8,7 @@
 namespace fo {
 
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
-constexpr int ABI = 2;
+constexpr int ABI = 3;
 
 // Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a
 // codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters.
@@ -40,12 +40,20 @@ struct Layout {
   FO_ANYWHERE const int64_t* grad_strides() const { return record + 1 + 2 * MAX_DIMS; }
 };
 
-enum Error { OK, UNKNOWN_RULE, UNKNOWN_CODEC, UNKNOWN_ISA };
+enum Error { OK, UNKNOWN_RULE, UNKNOWN_CODEC, UNKNOWN_ISA, UNKNOWN_GROUP };
 
-// A bucket's step as the C interface receives it. `codecs`: parameter, gradient, states in slot order.
-struct Step {
-  int rule;
+// What a bucket's step computes, as the C interface receives it. `codecs`: parameter, gradient, states in
+// slot order. They say whether the rule is masked: the mask and the dense weights follow its own states.
+// `group` neighbours compete for a place in the mask, none of them if it is 0.
+struct Work {
+  int rule, group;
   const int32_t* codecs;
+  int n_codecs;
+};
+
+// A bucket's step.
+struct Step {
+  Work work;
   Table table;
   const float* rows;
   int64_t row_length;

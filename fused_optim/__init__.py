@@ -2,6 +2,7 @@
 
 from .adam import Adam
 from .adamw import AdamW
+from .cast import CASTAdamS
 from .embedding import StableEmbedding
 from .lion import Lion
 from .master import full_precision, set_full_precision
@@ -20,6 +21,7 @@ __all__ = [
     "AdamW",
     "AdamW4bit",
     "AdamW8bit",
+    "CASTAdamS",
     "FusedOptimizer",
     "Lion",
     "Lion4bit",

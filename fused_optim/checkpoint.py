@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import states, storage
 from .kernels.layout import memory_order
+from .kernels.masking import keeps_dense
+from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_group
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         {
             key: value
             for key, value in group.items()
-            if key != "spectral" and (key != "keep_fp32" or not callable(value))
+            if key not in ("spectral", "sparsity") and (key != "keep_fp32" or not callable(value))
         }
         for group in state_dict["param_groups"]
     ]
@@ -69,7 +71,7 @@ def _without_blocks(optimizer: FusedOptimizer, group: int, position: int, param:
     """A parameter's state whose codes of 8 and 4 bits are decoded."""
     entry, key = dict(optimizer.state[param]), optimizer._key(group, position, param)
     for slot, codec in zip(key.rule.slots, key.states, strict=True):
-        if codec.block > 1 and slot.name in entry:
+        if (codec.block > 1 or codec.name == "mask") and slot.name in entry:
             value = states.decode(param, entry, slot.name, codec)
             for plane in codec.planes:
                 del entry[slot.name + plane.suffix]
@@ -105,7 +107,7 @@ def _portable(
         if name not in unknown and name not in planes
     }
     for slot, codec in zip(key.rule.slots, key.states, strict=True):
-        if entry.get(slot.name) is not None:
+        if slot.codec is None and entry.get(slot.name) is not None:
             values[slot.name] = states.decode(param, entry, slot.name, codec)
     # A buffer before its first step is no buffer: torch would take its zeros for momentum.
     return dict.fromkeys(values) if "step" in unknown and not entry["step"] else values
@@ -163,6 +165,15 @@ def unpack(
     return groups, state, torch.tensor(skipped) if skipped else None
 
 
+_STORAGE = {False: "state_codec", True: "state_codec and param_codec"}
+
+
+def _storage(group: dict[str, Any], rule: Rule) -> str:
+    """What a group says of storage, dense weights being a state too."""
+    weights = f" with weights as {group['param_codec']!r}" if keeps_dense(rule) else ""
+    return f"{group['state_codec']!r}{weights}"
+
+
 def _load(
     optimizer: FusedOptimizer,
     place: tuple[int, int],
@@ -177,24 +188,21 @@ def _load(
         optimizer._parameter_name(*place),
         group["params"][place[1]],
     )
-    rule, _ = optimizer._rule_and_cut(group, name, own_name, param)
-    now = states.Stored(
-        storage.param_codec(name, param, group), storage.state_codecs(name, own_name, param, group, rule)
-    )
+    rule, *_ = optimizer._rule_of(group, name, own_name, param)
+    now = states.Stored(*storage.codecs(name, own_name, param, group, rule))
     if not any(value is not None for value in entry.values()):
         return {}
     if saved is None:
         return states.load(name, entry, param, rule, now, None)
     # What keep_fp32 says now: what it said then is seen in the planes.
     given = {"state_codec": "auto", "param_codec": "auto", **saved, "keep_fp32": group["keep_fp32"]}
-    if storage.state_codecs(name, own_name, param, given, rule) != now.states:
+    saved_param, saved_states = storage.codecs(name, own_name, param, given, rule)
+    if saved_states != now.states:
         raise ValueError(
-            f"the state dict keeps the states of {name} as {given['state_codec']!r}, the optimizer as "
-            f"{group['state_codec']!r}; construct it with the same state_codec, or save "
+            f"the state dict keeps the states of {name} as {_storage(given, rule)}, the optimizer as "
+            f"{_storage(group, rule)}; construct it with the same {_STORAGE[keeps_dense(rule)]}, or save "
             "with state_dict(portable=True)"
         )
-    before = states.Stored(
-        storage.param_codec(name, param, given),
-        storage.state_codecs(name, own_name, param, {**given, "keep_fp32": ()}, rule),
-    )
+    unexempted = storage.codecs(name, own_name, param, {**given, "keep_fp32": ()}, rule)[1]
+    before = states.Stored(saved_param, unexempted)
     return states.load(name, entry, param, rule, now, before, dims)

@@ -21,6 +21,9 @@ ApplyTo: TypeAlias = "str | Sequence[str] | Callable[[str, Tensor], bool]"
 
 WORKSPACE_BYTES = 256 << 20
 
+NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
+"""Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""
+
 
 def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
     """Whether an option is meant for a parameter."""
@@ -31,6 +34,11 @@ def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
     return any(
         kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern)) for pattern in patterns
     )
+
+
+def is_hidden_matrix(name: str, param: Tensor) -> bool:
+    """Whether a parameter holds matrices, a stack of them or a convolution in the middle of a model."""
+    return param.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in NOT_HIDDEN)
 
 
 def check_apply_to(apply_to: Any) -> None:

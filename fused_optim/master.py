@@ -7,21 +7,23 @@ from torch import Tensor
 
 from . import states
 from .kernels.launch import Key
+from .kernels.masking import keeps_dense
 from .kernels.spec import Codec
 from .optimizer import FusedOptimizer
+from .sparsity.state import show
 from .storage import complete_state, plain_codec
 
 
-def _key(optimizer: FusedOptimizer, param: Tensor) -> Key:
-    """The rule and the codecs of one of an optimizer's parameters."""
+def _find(optimizer: FusedOptimizer, param: Tensor) -> tuple[int, Key]:
+    """The group of one of an optimizer's parameters, its rule and its codecs."""
     place = next(((g, i) for g, i, p in optimizer._parameters() if p is param), None)
     if place is None:
         raise ValueError("the tensor is not a parameter of this optimizer; pass the parameter itself")
-    return optimizer._key(*place, param)
+    return place[0], optimizer._key(*place, param)
 
 
 def _codec(optimizer: FusedOptimizer, param: Tensor, name: str) -> Codec:
-    key = _key(optimizer, param)
+    _, key = _find(optimizer, param)
     codecs = {"param": key.param}
     codecs |= {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
     if name not in codecs:
@@ -67,7 +69,8 @@ def set_full_precision(optimizer: FusedOptimizer, param: Tensor, values: Tensor)
     """Writes weights with every bit that the parameter's codec keeps.
 
     Assigning to the parameter itself leaves the bits below its dtype as they were: use this after
-    loading fp32 weights, averaging or clamping them.
+    loading fp32 weights, averaging or clamping them. Of a masked parameter these are all weights, also
+    those that the model does not see; its mask stays.
 
     Args:
         optimizer: which updates the parameter.
@@ -85,12 +88,17 @@ def set_full_precision(optimizer: FusedOptimizer, param: Tensor, values: Tensor)
         >>> round(fused_optim.full_precision(optimizer, weight)[0].item(), 6)
         0.1
     """
-    key = _key(optimizer, param)
+    group, key = _find(optimizer, param)
     if values.shape != param.shape:
         raise ValueError(f"values of shape {tuple(values.shape)} for a parameter of {tuple(param.shape)}")
     planes = states.encode(param, values, "param", key.param)
     param.copy_(planes.pop("param"))
+    if keeps_dense(key.rule):
+        planes |= states.encode(param, values, "dense", _codec(optimizer, param, "dense"))
     if planes:
-        complete_state(optimizer.state[param], param, key.rule, key.param, key.states)
+        state = optimizer.state[param]
+        complete_state(state, param, key.rule, key.param, key.states)
         for name, plane in planes.items():
-            optimizer.state[param][name].copy_(plane)
+            state.setdefault(name, plane).copy_(plane)
+    if "mask" in optimizer.state.get(param, {}) and key.rule.inner is not None:
+        show(optimizer, group, param, key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from .cuts import WORKSPACE_BYTES, Split, WholeMatrices, check_matrices, rows_of_parts
+from .cuts import (
+    WORKSPACE_BYTES,
+    Split,
+    WholeMatrices,
+    check_matrices,
+    is_hidden_matrix,
+    rows_of_parts,
+)
 from .hypersphere import RADIUS, along_sphere
 from .kernels.matrix import MatrixCut
 from .kernels.spec import Hyper, Per, Rule
@@ -20,9 +26,6 @@ from .matrix_functions import orthogonalize
 from .newton_schulz import ALGORITHMS, SCALES, triples
 from .optimizer import FusedOptimizer
 from .options import Options
-
-NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
-"""Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,6 @@ def _normalize_rows(u: Tensor, beta2: Any, second_moment: Tensor) -> Tensor:
     norm = torch.linalg.matrix_norm(u, keepdim=True)
     u = u / (second_moment.sqrt() + 1e-10)
     return u * (norm / (torch.linalg.matrix_norm(u, keepdim=True) + 1e-10))
-
-
-def is_hidden_matrix(name: str, param: Tensor) -> bool:
-    """Whether Muon suits a parameter: matrices, stacks of them and convolutions in the middle of a model."""
-    return param.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in NOT_HIDDEN)
 
 
 class Muon(FusedOptimizer):

@@ -20,11 +20,12 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from . import checkpoint, storage
+from . import checkpoint, masking, storage
 from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.bucket import Bucket, Member
 from .kernels.control import Control, control
+from .kernels.finders import Finder
 from .kernels.guards import DictGuards, PythonDictGuards
 from .kernels.launch import Key
 from .kernels.matrix import MatrixCut, couples_l2
@@ -105,7 +106,7 @@ class FusedOptimizer(Optimizer, ABC):
             TypeError: a value or a tensor of a type that no rule updates.
         """
         index = len(self.param_groups)
-        self._check_leaves(index, param_group)
+        storage.check_leaves(index, param_group)
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[index])
@@ -116,20 +117,6 @@ class FusedOptimizer(Optimizer, ABC):
             self.param_groups.pop()
             raise
         self._plan = None
-
-    @staticmethod
-    def _check_leaves(index: int, group: Any) -> None:
-        """Torch's own check, with the parameter's place and the remedy in the message."""
-        params = group.get("params") if isinstance(group, dict) else None
-        items: Any = params if isinstance(params, list | tuple) else ()
-        for position, item in enumerate(items):
-            name, param = item if isinstance(item, tuple) else (None, item)
-            if isinstance(param, Tensor) and not (param.is_leaf or param.retains_grad):
-                label = f" ({name!r})" if name else ""
-                raise ValueError(
-                    f"can't optimize a non-leaf Tensor: parameter {position} of group {index}{label} was "
-                    "computed from other tensors; pass those, or p.detach().requires_grad_()"
-                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -226,22 +213,31 @@ class FusedOptimizer(Optimizer, ABC):
     def _key(self, group_index: int, position: int, param: Tensor) -> Key:
         """Which bucket a parameter belongs to, its gradient being stored as itself."""
         group, name = self.param_groups[group_index], self._name(group_index, position)
-        rule, cut = self._rule_and_cut(group, name, self._parameter_name(group_index, position), param)
-        param_codec = storage.param_codec(name, param, group)
-        states = storage.state_codecs(name, self._parameter_name(group_index, position), param, group, rule)
+        own_name = self._parameter_name(group_index, position)
+        rule, cut, finder = self._rule_of(group, name, own_name, param)
+        param_codec, states = storage.codecs(name, own_name, param, group, rule)
         driver = dispatch.choose(param.device.type, (param_codec, *states), group["backend"])
         grad_codec = storage.plain_codec(param)
         codecs = (param_codec, grad_codec, *states)
         exact = dispatch.choose_exact(param.device.type, group["arithmetic"], rule, codecs)
-        key = Key(param.device, rule, param_codec, grad_codec, states, driver, exact)
-        return key if cut is None else key._replace(cut=cut, couples_l2=couples_l2(rule, group))
+        key = Key(param.device, rule, param_codec, grad_codec, states, driver, exact, finder=finder)
+        adjusts = couples_l2(rule, group) or (rule.inner is not None and group["sparsity"].adjusts_gradients)
+        return key if cut is None else key._replace(cut=cut, adjusts_gradients=adjusts)
 
-    def _rule_and_cut(
+    def _rule_of(
         self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor
-    ) -> tuple[Rule, MatrixCut | None]:
-        """A parameter's rule, with the states that its matrices need, and what happens to them."""
+    ) -> tuple[Rule, MatrixCut | None, Finder | None]:
+        """A parameter's rule, with the states of its matrices and masks, and what happens to these."""
         rule, cut = self._rule(group), self._cut(group, name, own_name, param)
-        return (rule if cut is None else replace(rule, shared=cut.shared)), cut
+        rule = rule if cut is None else replace(rule, shared=cut.shared)
+        state = self.state.get(param, {})
+        recipe, inner = group["sparsity"], replace(self._masked_rule(group), shared=rule.shared)
+        masked, finder = masking.find(recipe, inner, name, own_name, param, state)
+        return masked or rule, cut, finder
+
+    def _masked_rule(self, group: Mapping[str, Any]) -> Rule:
+        """The rule of the parameters of a group that have masks."""
+        return self._rule(group)
 
     def _cut(self, group: Mapping[str, Any], name: str, own_name: str, param: Tensor) -> MatrixCut | None:
         """What happens to a parameter's update as a matrix; ``name`` is for messages."""
@@ -306,6 +302,7 @@ class FusedOptimizer(Optimizer, ABC):
             and (plan.steps_on_device or not on_device)
             and self._signature() == plan.signature
             and all(bucket.collect() for bucket in plan.buckets)
+            and masking.in_frame(plan.buckets, self.param_groups)
         )
 
     def _same_parameters(self, planned: list[list[Tensor]]) -> bool:
@@ -335,8 +332,8 @@ class FusedOptimizer(Optimizer, ABC):
             raise ValueError(
                 f"{names[0]} and {names[1]} share memory and cannot both be updated; pass the tensor once"
             )
-        for (_, _, param), key in zip(active, keys, strict=True):
-            storage.complete_state(self.state[param], param, key.rule, key.param, key.states)
+        for (group, position, _), key in zip(active, keys, strict=True):
+            masking.complete(self, group, position, key, on_device)
         everything = [p for _, _, p in self._parameters()]
         ordinals = {id(param): index for index, param in enumerate(everything)}
         members = [

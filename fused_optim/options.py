@@ -14,6 +14,8 @@ from .kernels.codecs import PARAM_CODECS, STATE_CODECS
 from .kernels.dispatch import ARITHMETICS, BACKENDS
 from .newton_schulz import check_newton_schulz
 from .precision import SMALL, KeepFp32, check_keep_fp32
+from .recipe import Sparsity
+from .recipes import CAST
 from .spectral_clip import SpectralClip
 
 
@@ -33,6 +35,8 @@ class Options(TypedDict, total=False):
         spectral: what happens to whole matrices in a step: a :class:`fused_optim.spectral.SpectralClip`
             bounds the singular values of updates and gradients, a
             :class:`fused_optim.spectral.Hypersphere` keeps the norms of parameters.
+        sparsity: which weights are pruned while the model learns: a recipe of :mod:`fused_optim.sparsity`,
+            such as ``SRSTE(n=2, m=4)``.
         clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
             loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
         skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
@@ -47,6 +51,7 @@ class Options(TypedDict, total=False):
     keep_fp32: KeepFp32
     seed: int
     spectral: SpectralClip | Hypersphere | None
+    sparsity: Sparsity | None
     clip_grad_norm: float | None
     skip_nonfinite: bool
     backend: str
@@ -59,13 +64,17 @@ OPTION_DEFAULTS: Options = {
     "keep_fp32": SMALL,
     "seed": 0,
     "spectral": None,
+    "sparsity": None,
     "clip_grad_norm": None,
     "skip_nonfinite": False,
     "backend": "auto",
     "arithmetic": "auto",
 }
 
-ENGINE_OPTIONS = ("state_codec", "param_codec", "keep_fp32", "spectral", "backend", "arithmetic")
+ENGINE_OPTIONS = (
+    *("state_codec", "param_codec", "keep_fp32", "spectral", "sparsity"),
+    *("backend", "arithmetic"),
+)
 """Options that say how this process stores and computes, which a checkpoint does not override."""
 
 
@@ -99,7 +108,8 @@ def _betas(group: Mapping[str, Any]) -> None:
 
 def _torch_flags(group: Mapping[str, Any]) -> None:
     """Flags of torch, with its own complaints where a combination is an error there too."""
-    for name in ("maximize", "capturable", "differentiable", "amsgrad", "nesterov", "decoupled_weight_decay"):
+    flags = ("maximize", "capturable", "differentiable", "amsgrad", "nesterov", "decoupled_weight_decay")
+    for name in (*flags, "corrects_second_moment"):
         if name in group and not isinstance(group[name], bool):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     for name in ("foreach", "fused"):
@@ -148,6 +158,18 @@ def _options(group: Mapping[str, Any]) -> None:
             "spectral must be a SpectralClip or a Hypersphere of fused_optim.spectral, or None; "
             f"got {group['spectral']!r}"
         )
+    if not isinstance(group["sparsity"], Sparsity | None):
+        raise TypeError(
+            "sparsity must be a recipe of fused_optim.sparsity, such as SRSTE(n=2, m=4), or None; "
+            f"got {group['sparsity']!r}"
+        )
+    adams = "l1" in group
+    if isinstance(group["sparsity"], CAST) != adams:
+        raise ValueError(
+            f"sparsity={group['sparsity']!r}: CASTAdamS needs CAST(total_steps=...), no other class takes it"
+        )
+    if adams and group["spectral"] is not None:
+        raise ValueError("CASTAdamS has no spectral option: its masks and its update cannot be told apart")
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}")
@@ -163,7 +185,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         TypeError: a value of the wrong type.
     """
     _number("lr", group["lr"], 0.0)
-    for name in ("eps", "weight_decay", "momentum"):
+    for name in ("eps", "weight_decay", "momentum", "l1"):
         if name in group:
             _number(name, group[name], 0.0)
     if "betas" in group:

@@ -23,25 +23,18 @@ from .cuts import (
 )
 from .kernels.spec import Hyper
 from .matrix_functions import soft_clip
+from .scalars import cos, limit
 
 # Of a spectral norm to its threshold, up to which a GPU takes enough steps: an update of ones in every entry
 # of 8192 rows and columns has a norm of 8192, a Gaussian one of 180.
 _MAX_RATIO = 1e3
 
 
-def _cos(x: Any) -> Any:
-    return torch.cos(x) if isinstance(x, Tensor) else math.cos(x)
-
-
-def _limit(x: Any, low: float, high: float) -> Any:
-    return x.clamp(low, high) if isinstance(x, Tensor) else min(max(x, low), high)
-
-
 _DECAYS: Mapping[str, Callable[[Any], Any]] = {
     "constant": lambda x: 1.0 + 0.0 * x,
     "linear": lambda x: 1 - x,
     "sqrt": lambda x: 1 - x**0.5,
-    "cosine": lambda x: (1 + _cos(math.pi * x)) / 2,
+    "cosine": lambda x: (1 + cos(math.pi * x)) / 2,
     "square": lambda x: 1 - x**2,
 }
 
@@ -103,11 +96,11 @@ class ClipSchedule:
         if self.decay != "constant":
             assert self.total_steps is not None
             length = self.decay_fraction * self.total_steps
-            x = _limit((done - (self.total_steps - length)) / length, 0.0, 1.0)
+            x = limit((done - (self.total_steps - length)) / length, 0.0, 1.0)
             factor = self.final_scale + (1 - self.final_scale) * _DECAYS[self.decay](x)
         if self.warmup_steps:
             assert self.peak_lr is not None
-            warm = self.peak_lr / _limit(lr, 1e-10, math.inf)
+            warm = self.peak_lr / limit(lr, 1e-10, math.inf)
             if isinstance(step, Tensor):
                 return threshold * torch.where(done < self.warmup_steps, warm, factor)
             return threshold * (warm if done < self.warmup_steps else factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,11 @@ def _memory(param: Tensor, dims: Sequence[int] | None) -> Tensor:
     return like.permute([dims.index(dim) for dim in range(param.ndim)])
 
 
+def _shares_entries(codec: Codec) -> bool:
+    """Whether planes are vectors in memory order, not tensors in the parameter's shape."""
+    return any(plane.per > 1 for plane in codec.planes)
+
+
 class Stored(NamedTuple):
     """How a parameter and each of its states are kept."""
 
@@ -129,6 +135,12 @@ def _sources(entry: Mapping[str, Any], param: Tensor, rule: Rule, saved: Stored 
     return [
         next((c for c in (codec, plain) if _is_stored_as(entry, slot.name, c)), None) for slot, codec in pairs
     ]
+
+
+def _present(entry: Mapping[str, Any], rule: Rule, codecs: Sequence[Codec]) -> tuple[Codec, ...]:
+    """Those of slots that every checkpoint has, and of masks and dense weights if this one has them."""
+    pairs = zip(rule.slots, codecs, strict=True)
+    return tuple(codec for slot, codec in pairs if slot.codec is None or slot.name in entry)
 
 
 def load(
@@ -154,6 +166,11 @@ def load(
     Raises:
         ValueError: another optimizer's keys, another model's shapes, damaged planes.
     """
+    if saved is not None:
+        saved = saved._replace(states=_present(entry, rule, saved.states))
+    now = now._replace(states=_present(entry, rule, now.states))
+    kept = tuple(slot for slot in rule.slots if slot.codec is None or slot.name in entry)
+    rule = replace(rule, slots=kept)
     sources = _sources(entry, param, rule, saved)
     param_planes = () if saved is None else saved.param.planes[1:]
     param_keys = {"param" + plane.suffix for plane in param_planes}
@@ -187,10 +204,10 @@ def load(
                 f"the state dict does not hold {slot.name!r} of {name} as its own options say (names and "
                 "dtypes of codes and scales): it is damaged"
             )
-        if source is codec and (dims is None or codec.block == 1):
+        if source is codec and (dims is None or not _shares_entries(codec)):
             state |= _copy(name, entry, param, slot.name, codec.planes)
             continue
-        if source is None or source.block == 1:
+        if source is None or not (_shares_entries(source) or len(source.planes) > 1):
             value = _checked_value(name, entry, param, slot.name)
         else:
             planes = _copy(name, entry, param, slot.name, source.planes)

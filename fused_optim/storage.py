@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, for_slot
 from .kernels.layout import follows
+from .kernels.masking import keeps_dense
 from .kernels.spec import Codec, Plane, Rule
 from .precision import keeps_full_precision
 
@@ -78,6 +79,24 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
 
 
+def check_leaves(index: int, group: Any) -> None:
+    """Torch's own check, with the parameter's place and the remedy in the message.
+
+    Raises:
+        ValueError: a parameter was computed from others.
+    """
+    params = group.get("params") if isinstance(group, dict) else None
+    items: Any = params if isinstance(params, list | tuple) else ()
+    for position, item in enumerate(items):
+        name, param = item if isinstance(item, tuple) else (None, item)
+        if isinstance(param, Tensor) and not (param.is_leaf or param.retains_grad):
+            label = f" ({name!r})" if name else ""
+            raise ValueError(
+                f"can't optimize a non-leaf Tensor: parameter {position} of group {index}{label} was "
+                "computed from other tensors; pass those, or p.detach().requires_grad_()"
+            )
+
+
 def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> Codec:
     """The codec of a gradient that fits its parameter.
 
@@ -129,8 +148,24 @@ def param_codec(name: str, param: Tensor, group: Mapping[str, Any]) -> Codec:
     return own if wanted == "auto" else CODECS[wanted]
 
 
-def state_codecs(
+def codecs(
     name: str, own_name: str, param: Tensor, group: Mapping[str, Any], rule: Rule
+) -> tuple[Codec, tuple[Codec, ...]]:
+    """The codec of a parameter, and of each slot of its rule.
+
+    ``param_codec`` is for the weights, which a masked rule may keep as a state; what the model then sees of
+    them is stored as its dtype says.
+
+    Raises:
+        ValueError: an option does not fit the parameter.
+    """
+    weights = param_codec(name, param, group)
+    states = state_codecs(name, own_name, param, group, rule, weights)
+    return plain_codec(param) if keeps_dense(rule) else weights, states
+
+
+def state_codecs(
+    name: str, own_name: str, param: Tensor, group: Mapping[str, Any], rule: Rule, weights: Codec
 ) -> tuple[Codec, ...]:
     """The codec of each slot of a rule.
 
@@ -140,24 +175,31 @@ def state_codecs(
         param: the parameter.
         group: its options.
         rule: what its group follows.
+        weights: the codec of weights, for rules that keep them as a state.
 
     Raises:
         ValueError: a mapping names a state that the rule lacks, or a parameter is asked to keep its
             states in a precision that it cannot.
     """
-    given = group["state_codec"]
-    names = [slot.name for slot in rule.slots]
+    given: Any = group["state_codec"]
+    wanted: dict[str, Any]
+    names = [slot.name for slot in rule.slots if slot.codec is None]
     if isinstance(given, Mapping):
         unknown = sorted(set(given) - set(names))
         if unknown:
             raise ValueError(f"state_codec names {unknown}, but the states of {rule.name} are {names}")
-        wanted = [given.get(slot, "auto") for slot in names]
+        wanted = {slot: given.get(slot, "auto") for slot in names}
     else:
-        wanted = [given] * len(names)
+        wanted = dict.fromkeys(names, given)
     default = value_codec(param)
     full = keeps_full_precision(own_name, param, group["keep_fp32"])
     chosen: list[Codec] = []
-    for slot, codec in zip(rule.slots, wanted, strict=True):
+    for slot in rule.slots:
+        if slot.codec is not None:
+            kept = weights if group["param_codec"] != "auto" else default
+            chosen.append(kept if slot.codec == "weights" else CODECS[slot.codec])
+            continue
+        codec = wanted[slot.name]
         if codec not in ("auto", default.name) and (param.is_complex() or "fp64" in (codec, default.name)):
             raise ValueError(
                 f"state_codec={codec!r} for {slot.name} of {name} ({param.dtype}): "
@@ -197,14 +239,15 @@ def empty_plane(param: Tensor, plane: Plane) -> Tensor:
 def complete_state(
     state: dict[str, Any], param: Tensor, rule: Rule, param_codec: Codec, codecs: tuple[Codec, ...]
 ) -> None:
-    """Adds the step count and the planes that a state lacks, as zeros."""
+    """Adds the step count and the planes that a state lacks, as zeros; masks and weights are not its task."""
     # Momentum without a count comes from torch.optim.SGD, after its first step.
     started = any(isinstance(state.get(slot.name), Tensor) for slot in rule.slots)
     step = state.get("step", 1.0 if started else 0.0)
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.ndim:
         state["step"] = torch.tensor(float(step), dtype=torch.float32)
+    own = [slot.name for slot in rule.slots if slot.codec is not None]
     for key, plane in planes_of(param_codec, rule, codecs).items():
-        if state.get(key) is None:
+        if state.get(key) is None and key.partition(".")[0] not in own:
             state[key] = empty_plane(param, plane)
     for key, per in rule.shared:
         if state.get(key) is None:

@@ -245,6 +245,16 @@ class Bucket(Launch):
             stop += count
             yield group, slice(stop - count, stop)
 
+    def per_member(self, values: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Of each member what ``rows_of`` was called for: numbers of its row, or entries of its group's."""
+        if not self.steps_on_device:
+            return [values[row] for row in self.row_indices]
+        return [
+            tuple(v[i] if isinstance(v, Tensor) and v.ndim else v for v in each)
+            for each, (_, part) in zip(values, self._group_parts(), strict=True)
+            for i in range(part.stop - part.start)
+        ]
+
     def release(self) -> None:
         """Lets go of the gradients, so that ``zero_grad`` frees their memory."""
         self.grads = []

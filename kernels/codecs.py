@@ -32,6 +32,7 @@ CODECS: dict[str, Codec] = {
         Codec("fp32", (Plane("", "float32", 32),)),
         Codec("bf16", (_BF16,), relative_error=2.0**-8),
         Codec("fp16", (_FP16,), relative_error=2.0**-11),
+        Codec("mask", (Plane("", "uint8", 8, 8),)),
         Codec("blank", (Plane("", "float32", 32),), write_only=True),
         Codec("fp64", (Plane("", "float64", 64),), compute="float64"),
         Codec("bf16_sr", (_BF16,), relative_error=2.0**-7, random=True),
@@ -56,7 +57,7 @@ OF_DTYPE: dict[str, str] = {CODECS[name].planes[0].dtype: name for name in ("fp3
 BLANK = CODECS["blank"]
 """Where a launch writes its update instead of adding it to a parameter: zeros to begin with."""
 
-_HIDDEN = {BLANK.name, *(codec.unsigned for codec in CODECS.values())}
+_HIDDEN = {BLANK.name, "mask", *(codec.unsigned for codec in CODECS.values())}
 
 STATE_CODECS: tuple[str, ...] = tuple(name for name in CODECS if name not in _HIDDEN)
 """What ``state_codec`` may name; a state that is never negative gets the ``unsigned`` variant by itself."""

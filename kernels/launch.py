@@ -15,6 +15,7 @@ from .spec import Codec, Rule
 from .staging import Staging
 
 if TYPE_CHECKING:
+    from .finders import Finder
     from .matrix import MatrixCut
 
 NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER = range(6)
@@ -51,7 +52,8 @@ class Key(NamedTuple):
     driver: Driver
     exact: bool
     cut: MatrixCut | None = None
-    couples_l2: bool = False
+    adjusts_gradients: bool = False
+    finder: Finder | None = None
 
 
 class Operands(NamedTuple):

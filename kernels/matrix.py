@@ -19,9 +19,10 @@ from . import rows as row_tools
 from .bucket import Bucket, Member
 from .codecs import BLANK, CODECS
 from .control import Control
+from .late_masks import LateMasks, MaskedWeights, values_of
 from .launch import Key, Launch, Operands
-from .layout import flat, layout_of, walked
-from .reference.codecs import CODECS as DECODERS
+from .layout import layout_of, walked
+from .masking import keeps_dense, masked
 from .rules import RULES
 from .spec import Hyper, Per, Rule
 
@@ -104,30 +105,33 @@ class MatrixBucket(Bucket):
 
     def __init__(self, key: Key, members: list[Member], steps_on_device: bool, memory: Tensor) -> None:
         assert key.cut is not None
-        self.cut, self.whole_rule = key.cut, key.rule
-        self._couples_l2 = key.couples_l2
+        self.cut, self.whole_rule = key.cut, key.rule.inner or key.rule
+        self._adjusts = key.adjusts_gradients
         own = [member.operands() for member in members]
         params = [operands.param[0] for operands in own]
         self._batch, updates = _workspace(memory, params)
         grads = [member.local(member.param.grad) for member in members if member.param.grad is not None]
+        count = len(self.whole_rule.slots)
         in_place_of_params = [
-            Operands([u], operands.states, layout_of(u, grad), operands.ordinal)
+            Operands([u], operands.states[:count], layout_of(u, grad), operands.ordinal)
             for u, operands, grad in zip(updates, own, grads, strict=True)
         ]
-        further = []
-        key = key._replace(param=BLANK)
+        further, whole = [], key
+        key = key._replace(rule=self.whole_rule, param=BLANK, states=key.states[:count])
         first = key
-        if self.cut.reads_gradients() or self._couples_l2:
+        if self.cut.reads_gradients() or self._adjusts:
             further.append(_launch(key._replace(grad=FP32), in_place_of_params, updates))
             first = key._replace(rule=MOVE, states=())
             in_place_of_params = [operands._replace(states=[]) for operands in in_place_of_params]
-        moved = [operands._replace(states=[]) for operands in own]
-        further.append(_launch(members[0].key._replace(rule=MOVE, grad=FP32, states=()), moved, updates))
+        moved = [operands._replace(states=operands.states[count:]) for operands in own]
+        further.append(_launch(_moving(whole), moved, updates))
         strided = any(not operands.layout.flat for operands in in_place_of_params)
         super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
         for launch in further:
             launch.set_gradients(updates)
         self._shared = [_adopt(members, name) for name, _ in self.whole_rule.shared]
+        self._masked = [MaskedWeights(whole, operands) for operands in own if whole.rule.inner is not None]
+        self._late = None if whole.finder is None else LateMasks(members, whole.finder)
 
     def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
         """For each launch ``g_scale`` and the rule's scalars."""
@@ -135,6 +139,11 @@ class MatrixBucket(Bucket):
         moments = rule.row({**hyper, "lr": -1.0, "weight_decay": 0.0}, step)
         decay = self._decay(hyper, step)
         add = (1.0, 0.0, 1.0, 0.0) if self.cut.reads_params() else (1.0, 0.0, hyper["lr"], decay)
+        if self._masked:
+            *_, pruned_scale, kept = hyper["sparsity"].row(step)
+            # What masks do to gradients has been done.
+            add = (*add, 1.0, 0.0, pruned_scale, kept)
+            add = add if self._late is None else self._late.row(add)
         if len(self.launches()) == 2:
             return [(scale, *moments), add]
         return [(scale, 0.0, -1.0, 0.0), (1.0, *moments), add]
@@ -148,6 +157,8 @@ class MatrixBucket(Bucket):
 
     def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
         """Computes the scalars of the coming step, also those of the transformations."""
+        if self._late is not None:
+            self._late.forget()
         super().prepare(groups, control)
         if self.steps_on_device:
             steps = self.steps + (1.0 if control.active is None else control.active)
@@ -159,8 +170,11 @@ class MatrixBucket(Bucket):
         values = []
         for group, step, _ in sources:
             hyper = row_tools.resolve(groups[group], self.device if self.steps_on_device else None)
-            l2 = hyper["weight_decay"] if self._couples_l2 else 0.0
-            values.append((l2, *self.cut.scalars(hyper, step, self._decay(hyper, step))))
+            l2 = dict(zip(self.whole_rule.scalars, self.whole_rule.row(hyper, step), strict=True)).get(
+                "l2", 0.0
+            )
+            masks = hyper["sparsity"].row(step)[:2] if self._masked else (1.0, 0.0)
+            values.append((l2, *masks, *self.cut.scalars(hyper, step, self._decay(hyper, step))))
         lengths = [length for *_, length in sources]
         self._scalars = [self._per_member(column, lengths) for column in zip(*values, strict=True)]
 
@@ -183,12 +197,12 @@ class MatrixBucket(Bucket):
         """Moments, matrices, parameters."""
         self.driver.step(self)
         *moments, add = self._further
-        l2, *scalars = self._scalars
+        l2, pruned_grad, pruned_decay, *scalars = self._scalars
         if moments:
             if self.cut.reads_gradients():
                 self._transform(lambda g, each, *_: self.cut.gradient(g, each), scalars)
-            if self._couples_l2:
-                self._add_decay(l2)
+            if self._adjusts:
+                self._adjust_gradients(l2, pruned_grad, pruned_decay)
             self.driver.step(moments[0])
         params = self._values() if self.cut.reads_params() else None
         active = self._control.active
@@ -197,21 +211,30 @@ class MatrixBucket(Bucket):
         for shared, old in zip(self._shared, before, strict=False):
             shared.copy_(torch.where(active, shared, old))
         self.driver.step(add)
+        if self._late is not None:
+            self._late.renew(self, active)
 
     def _values(self) -> Tensor:
-        """The parameters as the workspace has their updates."""
+        """The weights as the workspace has their updates."""
         values = torch.empty_like(self._batch)
-        decode = DECODERS[self.members[0].key.param.name].decode
-        for planes, out in zip(self.own_planes, values, strict=True):
-            p = decode([flat(plane, planes[0]).flatten() for plane in planes])
-            target = flat(out, planes[0])
-            target.copy_(p.view(target.shape))
+        for index, (planes, out) in enumerate(zip(self.own_planes, values, strict=True)):
+            if self._masked:
+                out.copy_(self._masked[index].values())
+            else:
+                out.copy_(values_of(self.members[0].key.param, planes, planes[0]))
         return values
 
-    def _add_decay(self, l2: Any) -> None:
-        """Weight decay as part of the gradients, which are in the workspace."""
-        strength = l2.view(-1, *[1] * (self._batch.ndim - 1)) if isinstance(l2, Tensor) else l2
-        self._batch.add_(self._values().mul_(strength))
+    def _adjust_gradients(self, *strengths: Any) -> None:
+        """What masks and weight decay make of the gradients, which are in the workspace."""
+        shape = (-1, *[1] * (self._batch.ndim - 1))
+        l2, pruned_grad, pruned_decay = (s.view(shape) if isinstance(s, Tensor) else s for s in strengths)
+        values = self._values()
+        if self._masked:
+            keep = torch.stack([weights.mask() for weights in self._masked]) != 0
+            # Recipes have gradients of pruned weights count, or not at all.
+            pruned = self._batch * pruned_grad + pruned_decay * values
+            self._batch.copy_(torch.where(keep, self._batch, pruned))
+        self._batch.add_(values.mul_(l2))
 
     def _transform(
         self, function: Callable[..., Tensor], scalars: Sequence[Any], params: Tensor | None = None
@@ -242,6 +265,14 @@ def couples_l2(rule: Rule, hyper: Hyper) -> bool:
         return False
     row = rule.row({**row_tools.resolve(hyper), "weight_decay": 1.0}, 1.0)
     return row[rule.scalars.index("l2")] != 0
+
+
+def _moving(key: Key) -> Key:
+    """The launch that adds updates to weights, and masks them if the rule does."""
+    rule, states = MOVE, key.states[len((key.rule.inner or key.rule).slots) :]
+    if key.rule.inner is not None:
+        rule = masked(MOVE, key.rule.group, keeps_dense(key.rule))
+    return key._replace(rule=rule, grad=FP32, states=states)
 
 
 def _launch(key: Key, operands: Sequence[Operands], grads: Sequence[Tensor]) -> Launch:

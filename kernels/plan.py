@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .bucket import Bucket, Member
+from .late_masks import MaskedBucket
 from .matrix import MatrixBucket, chunks
 
 
@@ -24,8 +25,10 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
         sorted_members.setdefault(key, []).append(member)
     whole = {key: part for key, part in sorted_members.items() if not key[3]}
     buckets = [
-        Bucket(key, part, strided, steps_on_device and key.device.type != "cpu")
-        for (key, _, strided, _), part in whole.items()
+        (MaskedBucket if key.finder is not None and launched else Bucket)(
+            key, part, strided, steps_on_device and key.device.type != "cpu"
+        )
+        for (key, launched, strided, _), part in whole.items()
     ]
     cut = [part for key, some in sorted_members.items() if key[3] for part in chunks(some)]
     return [*buckets, *_cut_buckets(cut, steps_on_device)]

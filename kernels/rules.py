@@ -55,6 +55,22 @@ def _muon(h: Hyper, t: Any) -> tuple[Any, ...]:
     return 0.0, momentum, 1 - momentum, *looking_ahead, h["lr"]
 
 
+def _cast(h: Hyper, t: Any) -> tuple[Any, ...]:
+    beta1, beta2 = h["betas"]
+    progress, c1 = h["sparsity"].progress(t), 1 / (1 - beta1**t)
+    return (
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        c1 if h["corrects_second_moment"] else 1.0,
+        (1 - beta2**t) ** -0.5,
+        h["eps"],
+        h["lr"] * c1,
+        1 - progress,
+        progress * h["l1"],
+    )
+
+
 _ADAM = ("l2", "w1", "b2", "w2", "c2", "eps", "step_size", "decay")
 _MOMENTUM = ("l2", "mu", "w", "ng", "nb", "lr")
 _BUFFER = Slot("momentum_buffer")
@@ -73,3 +89,8 @@ RULES: dict[str, Rule] = {
 
 MUON = Rule("sgd_momentum", (_BUFFER,), _MOMENTUM, _muon)
 """Muon's momentum is an average; its kernel is heavy ball's."""
+
+CAST_ADAM = Rule(
+    "cast_adam", (_M, _V), ("w1", "b2", "w2", "c1", "c2", "eps", "step_size", "kept_part", "l1"), _cast
+)
+"""CAST's AdamS: it exists inside of a masked rule only, because it looks at the mask."""

@@ -80,10 +80,14 @@ class Codec:
 
 @dataclass(frozen=True)
 class Slot:
-    """A state tensor of a rule, under torch.optim's own key."""
+    """A state tensor of a rule, under torch.optim's own key.
+
+    ``codec`` names the only storage that it may have; ``"weights"`` stands for that of the parameter.
+    """
 
     name: str
     signed: bool = True
+    codec: str | None = None
 
 
 class Per(Enum):
@@ -105,6 +109,9 @@ class Rule:
     ``row(hyper, step)`` returns the values of ``scalars`` in order. It uses only ``+ - * / **``, so
     that the same function prepares a row from Python floats on the host and from float64 tensors on
     a device. ``shared`` are states of whole rows or matrices, which no kernel sees.
+
+    A masked rule (kernels/masking.py) has an ``inner`` one. ``group`` neighbours in memory compete for a
+    place in its mask; 0 if the mask is only read.
     """
 
     name: str
@@ -113,6 +120,8 @@ class Rule:
     row: Callable[[Hyper, Any], tuple[Any, ...]]
     cut: Cut = Cut.NONE
     shared: tuple[tuple[str, Per], ...] = ()
+    inner: Rule | None = None
+    group: int = 0
 
     @property
     def row_length(self) -> int:

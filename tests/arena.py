@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +58,17 @@ def _local(held: Any) -> Tensor:
     return held.tensor if isinstance(held, Owner) else held
 
 
-def _planes(codec: Codec, values: Tensor) -> Sequence[Tensor]:
+# Beds that are compared begin alike, and many cases share storage.
+@cache
+def _planes(codec: Codec, numel: int, seed: int, kind: str) -> Sequence[Tensor]:
+    """What a codec makes of weights, a state of some steps or of none, or a mask."""
+    values = normal(numel, torch.float32, seed)
+    if kind == "mask":
+        values = (values > 0).float()
+    elif kind == "unsigned":
+        values = values.abs()
+    elif kind == "zero":
+        values = torch.zeros_like(values)
     return REFERENCE[codec.name].encode(values, Stream(1, 2, 3, 4))
 
 
@@ -98,12 +109,12 @@ class Bed:
         seed = self._seed + 10 * index
         started = index % 4 == 3
         state: dict[str, Any] = {"step": torch.tensor(3.0 if started else 0.0)}
-        param, *rest = _planes(case.param, normal(numel, torch.float32, seed))
+        param, *rest = _planes(case.param, numel, seed, "weights")
         names = [plane.suffix for plane in case.param.planes[1:]]
         state |= {"param" + name: tensor(plane, odd == 0) for name, plane in zip(names, rest, strict=True)}
         for i, (slot, codec) in enumerate(zip(case.rule.slots, case.states, strict=True)):
-            value = normal(numel, torch.float32, seed + i + 1) * started
-            planes = _planes(codec, value if slot.signed else value.abs())
+            of_age = "zero" if not started else "signed" if slot.signed else "unsigned"
+            planes = _planes(codec, numel, seed + i + 1, slot.codec or of_age)
             for plane, values in zip(codec.planes, planes, strict=True):
                 state[slot.name + plane.suffix] = tensor(values, odd == 2 + i)
         owner: Any = Owner(tensor(param, odd == 0), self._grads[0][index])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
-from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.masking import GROUPS, masked
+from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule
 
 SIZES = (0, 1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097)
@@ -63,7 +64,8 @@ class Case(NamedTuple):
     @property
     def id(self) -> str:
         states = "_".join(codec.name for codec in self.states) or "none"
-        return f"{self.rule.name}-p_{self.param.name}-g_{self.grad.name}-s_{states}"
+        of = "" if self.rule.inner is None else f"_of_{self.rule.group}"
+        return f"{self.rule.name}{of}-p_{self.param.name}-g_{self.grad.name}-s_{states}"
 
 
 def states_of(rule: Rule, names: Sequence[str]) -> tuple[Codec, ...]:
@@ -121,18 +123,54 @@ def main_cases() -> list[Case]:
     ]
 
 
+def masked_cases(groups: Sequence[int] = (0, *GROUPS)) -> list[Case]:
+    """Every rule with a mask, in place and with dense weights, of every size of groups."""
+    kinds = itertools.product((*RULES.values(), CAST_ADAM), groups, (False, True))
+    chosen = []
+    for i, (inner, group, keeps_dense) in enumerate(kinds):
+        rule = masked(inner, group, keeps_dense)
+        weights = PARAMS[i % len(PARAMS)]
+        names = [STATES[(2 * i + 5 * slot) % len(STATES)] for slot in range(len(inner.slots))]
+        further = (CODECS["mask"], *((weights,) if keeps_dense else ()))
+        states = (*states_of(inner, names), *further)
+        param = FLOATS[i % len(FLOATS)] if keeps_dense else weights
+        chosen.append(Case(rule, param, FLOATS[(i + i // 3) % len(FLOATS)], states))
+    return chosen
+
+
 def plain(codec: Codec) -> Codec:
     """The codec that stores a parameter's dtype as it is, as its gradient has it."""
     return CODECS[OF_DTYPE[codec.planes[0].dtype]]
 
 
+class Recipe(NamedTuple):
+    """Stands for a recipe of fused_optim.sparsity: what becomes of pruned weights, and when masks are new."""
+
+    grad: float
+    decay: float
+    scale: float
+    kept: int
+    every: int
+
+    def row(self, t: Any) -> tuple[Any, ...]:
+        new = (t % self.every == 0) * 1.0
+        return self.grad, self.decay, self.scale, self.kept * new
+
+    def progress(self, t: Any) -> Any:
+        return (t - 1) / 100
+
+
 def hypers(rule: Rule) -> list[dict[str, Any]]:
     """Two parameter groups whose options reach every scalar of a rule's row."""
     betas = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "dampening": 0.25, "nesterov": False}
-    betas |= {"seed": 0x9ABCDEF0}
+    betas |= {"seed": 0x9ABCDEF0, "l1": 0.5, "corrects_second_moment": True}
+    betas |= {"sparsity": Recipe(1.0, 0.02, 0.25, kept=1, every=1)}
     first = {"lr": 0.01, "weight_decay": 0.1, "maximize": False, "decoupled_weight_decay": True, **betas}
     coupled = {"lr": 0.003, "weight_decay": 0.02, "maximize": True, "decoupled_weight_decay": False}
     second = {**first, **coupled, "betas": (0.4, 0.999), "dampening": 0.0, "nesterov": True}
+    if rule.inner is not None:
+        half = max(1, rule.group // 2)
+        second |= {"sparsity": Recipe(0.0, 0.0, 0.0, half, every=2), "corrects_second_moment": False}
     return [first, second]
 
 

@@ -208,7 +208,9 @@ def test_gpu_script_parses_and_explains_itself() -> None:
     script = ROOT / "bench" / "gpu.sh"
     subprocess.run(["bash", "-n", script], check=True)
     refused = subprocess.run(["bash", script, "/nowhere", "everything"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "OUT [all|tests|bench|variants|products|matrices]" in refused.stdout
+    assert (
+        refused.returncode == 2 and "OUT [all|tests|bench|variants|products|matrices|masks]" in refused.stdout
+    )
 
 
 @pytest.mark.slow
@@ -221,9 +223,11 @@ def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "no GPU" in done.stdout
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    written = [f"{part}.{kind}" for part in ("bench", "matrices", "products") for kind in ("json", "log")]
+    written = [
+        f"{part}.{kind}" for part in ("bench", "masks", "matrices", "products") for kind in ("json", "log")
+    ]
     assert files == [*written, "report", "summary.json", "tests.log", "variants.log"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
-        ["tests", "bench", "variants", "products", "matrices"], "ok"
+        ["tests", "bench", "variants", "products", "matrices", "masks"], "ok"
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fused_optim
+from fused_optim.sparsity import SRSTE, MaskedDecay, OneShot
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -75,6 +76,27 @@ def _moved(value: torch.Tensor, mesh: Any) -> Any:
     return value.redistribute(mesh, [Shard(1)]) if isinstance(value, DTensor) else value
 
 
+def _check_masks(mesh: Any) -> None:
+    """Groups that no shard cuts are masked as in one process, also after a resume."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(2)
+    weight = torch.randn(8, 24)
+    gradients = [torch.randn(8, 24) for _ in range(4)]
+    for recipe in (OneShot(), SRSTE(n=1, m=4), SRSTE(m=3), MaskedDecay(total_steps=9, every=2)):
+        CLASSES["masked"] = fused_optim.AdamW, {"sparsity": recipe}
+        whole = torch.nn.Parameter(weight.clone())
+        _train(whole, [gradient.clone() for gradient in gradients], "masked")
+        assert (whole == 0).any()
+        for placement in (Shard(0), Shard(1), Replicate()):
+            shard = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [placement]))
+            _train(shard, [distribute_tensor(g, mesh, [placement]) for g in gradients], "masked")
+            assert torch.equal(shard.detach().full_tensor(), whole.detach()), (recipe, placement)
+    param = torch.nn.Parameter(distribute_tensor(torch.randn(8, 20), mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match="dimension 1 of this rank has 10 weights"):
+        fused_optim.AdamW([param], sparsity=SRSTE(strict=True))
+
+
 def _worker(rank: int, port: int) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -95,6 +117,7 @@ def _worker(rank: int, port: int) -> None:
             _train(shard, [distribute_tensor(g, mesh, [placement]) for g in grads], name)
             assert torch.equal(shard.detach().full_tensor(), whole.detach()), (name, placement)
     _check_blocks(mesh)
+    _check_masks(mesh)
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param], clip_grad_norm=1.0)
     param.grad = distribute_tensor(gradients[0], mesh, [Shard(0)])

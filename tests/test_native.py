@@ -17,7 +17,10 @@ from torch.nn import Parameter
 import fused_optim
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE
 from fused_optim.kernels.native import cpu, library
-from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.reference.codecs import CODECS as REFERENCE_CODECS
+from fused_optim.kernels.reference.masking import best_of_blocks, largest_of_groups
+from fused_optim.kernels.reference.philox import Stream
+from fused_optim.kernels.rules import CAST_ADAM, RULES
 from tests import cases
 from tests.arena import Arena, Bed, assert_equal_beds
 from tests.cases import Case, Target, assert_same_bits
@@ -42,7 +45,7 @@ SIZES = (
 def test_every_rule_and_codec_is_compiled() -> None:
     opened = library.load("cpu")
     assert isinstance(opened, library.Library)
-    assert set(opened.rules) == set(RULES)
+    assert set(opened.rules) == {*RULES, CAST_ADAM.name}
     assert set(opened.codecs) == {name for name, codec in CODECS.items() if codec.compute == "float32"}
 
 
@@ -178,3 +181,32 @@ def test_square_sum(grad: Any) -> None:
             dict(sums)[numel], values.double().square().sum().item(), rtol=1e-13, atol=0
         )
     assert len(sums) == 3
+
+
+def _packed(mask: Tensor) -> Tensor:
+    (bits,) = REFERENCE_CODECS["mask"].encode(mask.flatten().float(), Stream(0, 0, 0, 0))
+    return bits
+
+
+@pytest.mark.parametrize("dtype", [cases.DTYPES[codec.name] for codec in cases.FLOATS], ids=str)
+@pytest.mark.parametrize(
+    ("group", "kept"), [(2, 1), (4, 2), (4, 3), (8, 4), (16, 5), (3, 1), (7, 4), (32, 9)]
+)
+def test_nm_mask(group: int, kept: int, dtype: torch.dtype, isa: str) -> None:
+    """Special values, equal magnitudes, and a last group that is short."""
+    for numel in (0, 1, 15, group * 64, 100 * group + 3):
+        values = cases.wild(numel, dtype, 3)
+        values[::5] = 1.0
+        expected = largest_of_groups(values.float(), group, kept)
+        assert torch.equal(cpu.nm_mask(values, group, kept), _packed(expected)), f"{numel} on {isa}"
+
+
+@pytest.mark.parametrize("dtype", [cases.DTYPES[codec.name] for codec in cases.FLOATS], ids=str)
+def test_transposable_mask(dtype: torch.dtype, isa: str) -> None:
+    """Blocks of special values, of equal scores, and rows that begin within a byte."""
+    for shape in ((4, 4), (8, 60), (36, 68), (64, 128)):
+        values = cases.wild(shape[0] * shape[1], dtype, 4).view(shape)
+        values[:, ::3] = 1.0
+        expected = best_of_blocks(values.float())
+        assert torch.equal(cpu.transposable_mask(values), _packed(expected)), f"{shape} on {isa}"
+        assert (expected.view(-1, 4, shape[1]).sum(1) == 2).all()

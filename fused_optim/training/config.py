@@ -16,6 +16,7 @@ from .data import UsageError
 from .model import DTYPES, PRESETS
 from .optimizers import OPTIMIZERS
 from .planner import Storage
+from .sparse import RECIPES, build_recipe
 
 _FREE_ON_RESUME = {"resume", "out", "checkpoint_every"}
 
@@ -41,6 +42,10 @@ class PretrainConfig:
     betas: list[float] | None
     momentum: float | None
     spectral_clip: float | None
+    sparsity: str | None
+    pattern: str | None
+    dense_steps: int | None
+    pruned_decay: float | None
     storage: str
     torch_dtype: str
     backend: str
@@ -113,6 +118,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest singular value of an update, such as 10 (SPECTRA; adamw, adam, lion, sgd)",
     )
     add("--clip-grad-norm", type=_norm_or_none, metavar="NORM", help="a number or none (default: 1.0)")
+    add = parser.add_argument_group("sparsity").add_argument
+    add("--sparsity", choices=RECIPES, help="of our optimizer's hidden matrices (default: none)")
+    add("--pattern", metavar="N:M", help="N weights are kept of M neighbours (default: 2:4)")
+    add(
+        "--dense-steps",
+        type=int,
+        metavar="N",
+        help="steps before anything is pruned (one-shot: half of the steps, mask-decay: a tenth, "
+        "structure-decay: 0)",
+    )
+    add(
+        "--pruned-decay",
+        type=float,
+        metavar="X",
+        help="pull on pruned weights: decay of sr-ste and masked-decay, l1 of cast",
+    )
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, metavar="N")
     add("--batch-size", type=int, metavar="N", help="sequences in a step")
@@ -175,6 +196,8 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
     for name in {"betas", "momentum"} - {pair.moments}:
         _require(name not in given, f"--{name} does not exist for {optimizer}; it has --{pair.moments}")
     steps = given.get("steps", shape.steps)
+    sparse = _sparse(given, steps)
+    lr_factor = pair.lr_factor * (RECIPES[given["sparsity"]].lr_factor if "sparsity" in given else 1.0)
     hidden, heads = given.get("hidden", shape.hidden), given.get("heads", shape.heads)
     intermediate = -(-hidden * 8 // 3 // 16) * 16 if "hidden" in given else shape.intermediate
     derived: dict[str, Any] = {
@@ -190,12 +213,13 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
         "batch_size": shape.batch_size,
         "steps": steps,
         "optimizer": optimizer,
-        "lr": shape.lr * pair.lr_factor,
+        "lr": shape.lr * lr_factor,
         "weight_decay": pair.weight_decay,
         "betas": None,
         "momentum": None,
         pair.moments: pair.default_moments,
         "spectral_clip": None,
+        **sparse,
         "storage": "split8+int8",
         "torch_dtype": "fp32",
         "backend": "auto",
@@ -213,6 +237,50 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
     return config
 
 
+def _sparse(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What follows from a recipe."""
+    name = given.get("sparsity")
+    if name is None:
+        for option in ("pattern", "dense_steps", "pruned_decay"):
+            flag = "--" + option.replace("_", "-")
+            _require(option not in given, f"{flag} is for a recipe; give --sparsity {', '.join(RECIPES)}")
+        return dict.fromkeys(("sparsity", "pattern", "dense_steps", "pruned_decay"))
+    recipe = RECIPES[name]
+    for option, value in (("dense_steps", recipe.dense_share), ("pruned_decay", recipe.decay)):
+        flag = "--" + option.replace("_", "-")
+        _require(option not in given or value is not None, f"{flag} does not exist for --sparsity {name}")
+    dense_steps = None if recipe.dense_share is None else int(steps * recipe.dense_share)
+    return {
+        "sparsity": name,
+        "pattern": "2:4",
+        "dense_steps": dense_steps,
+        "pruned_decay": recipe.decay,
+    }
+
+
+def _check_sparse(config: PretrainConfig) -> None:
+    if config.sparsity is None:
+        return
+    _require(
+        config.dense_steps is None or 0 <= config.dense_steps < config.steps,
+        f"--dense-steps must be 0 or more and less than --steps {config.steps}, got {config.dense_steps}",
+    )
+    _require(
+        config.sparsity != "cast" or config.optimizer == "adamw",
+        f"--sparsity cast brings its own rule, AdamS, in place of adamw; it does not go with "
+        f"--optimizer {config.optimizer}",
+    )
+    _require(
+        config.sparsity != "cast" or config.spectral_clip is None,
+        "--sparsity cast does not go with --spectral-clip",
+    )
+    _require(
+        config.sparsity != "masked-decay" or config.pattern == "2:4",
+        f"--sparsity masked-decay is 2:4 in rows and columns; leave --pattern {config.pattern} out",
+    )
+    build_recipe(config)
+
+
 def _check(config: PretrainConfig) -> None:
     counts = (
         "hidden",
@@ -227,7 +295,7 @@ def _check(config: PretrainConfig) -> None:
     for name in (*counts, "eval_every"):
         value = getattr(config, name)
         _require(value >= 1, f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("lr", "weight_decay", "momentum", "clip_grad_norm"):
+    for name in ("lr", "weight_decay", "momentum", "clip_grad_norm", "pruned_decay"):
         value = getattr(config, name)
         flag = "--" + name.replace("_", "-")
         _require(value is None or 0 <= value < math.inf, f"{flag} must be finite and 0 or more, got {value}")
@@ -260,6 +328,7 @@ def _check(config: PretrainConfig) -> None:
         clip is None or config.optimizer != "muon",
         "--spectral-clip does not go with muon, whose updates are orthogonal already",
     )
+    _check_sparse(config)
     theirs = OPTIMIZERS[config.optimizer].theirs
     _require(
         config.compare == "none" or theirs is not None,

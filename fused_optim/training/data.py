@@ -19,7 +19,7 @@ SEPARATOR = 256
 
 VOCABULARY = 257
 VALIDATION_SHARE = 0.05
-_VALIDATION_TOKENS = 1 << 14
+VALIDATION_TOKENS = 1 << 14
 _SNIFFED_BYTES = 8192
 
 
@@ -170,9 +170,11 @@ def training_batch(corpus: Corpus, batch_size: int, sequence_length: int, seed: 
     return _windows(corpus.train, starts, sequence_length)
 
 
-def validation_batches(corpus: Corpus, batch_size: int, sequence_length: int) -> list[Tensor]:
-    """The same evenly spaced windows every time, at most 16384 tokens of them."""
+def validation_batches(
+    corpus: Corpus, batch_size: int, sequence_length: int, most: int = VALIDATION_TOKENS
+) -> list[Tensor]:
+    """The same evenly spaced windows every time, of at most so many tokens in all."""
     tokens = corpus.validation
-    count = max(1, min(len(tokens), _VALIDATION_TOKENS) // (sequence_length + 1))
+    count = max(1, min(len(tokens), most) // (sequence_length + 1))
     starts = np.linspace(0, len(tokens) - sequence_length - 1, count).astype(np.int64)
     return list(_windows(tokens, starts, sequence_length).split(batch_size))

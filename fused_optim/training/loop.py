@@ -19,17 +19,20 @@ from tqdm import tqdm
 
 from ..master import set_full_precision
 from ..optimizer import FusedOptimizer
+from ..sparsity import apply_masks
 from .config import PretrainConfig
 from .data import Corpus, UsageError, training_batch, validation_batches
 from .model import (
     DTYPES,
     activation_bytes,
     build_model,
+    mean_loss,
     next_byte_loss,
     spectral_norms,
     stored_bytes,
 )
 from .optimizers import build_optimizer, build_schedule, label, param_dtype
+from .sparse import check_masked, outcome
 
 _BAR_WINDOW = 20
 
@@ -47,6 +50,7 @@ class Record:
     optimizer_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
     spectral_norms: dict[str, float] = field(default_factory=dict)
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
 
 class Interrupt(AbstractContextManager["Interrupt"]):
@@ -98,6 +102,10 @@ class Trainer:
         if isinstance(self.optimizer, FusedOptimizer):
             for param, weight in zip(self.model.parameters(), weights, strict=True):
                 set_full_precision(self.optimizer, param, weight)
+        if contender != "torch" and config.sparsity is not None:
+            assert isinstance(self.optimizer, FusedOptimizer)
+            check_masked(self.optimizer, config)
+            apply_masks(self.optimizer)
         self.schedule = build_schedule(self.optimizer, config)
         # fp16 gradients of a mean loss are mostly below fp16's range; disabled, a scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
@@ -137,8 +145,6 @@ class Trainer:
     def run(self, interrupt: Interrupt, save: Callable[[Trainer], None], show_bar: bool) -> bool:
         """Trains to the end, or until interrupted; True if it is finished."""
         config = self.config
-        if not self.record.validation:
-            self._validate()
         bar = tqdm(
             total=config.steps,
             initial=self.step,
@@ -149,10 +155,7 @@ class Trainer:
         )
         with bar:
             while self.step < config.steps and interrupt.signal is None:
-                self._train_step()
-                done = self.step == config.steps
-                if done or self.step % config.eval_every == 0:
-                    self._validate()
+                done = self.advance()
                 bar.update()
                 bar.set_postfix_str(self._progress(), refresh=False)
                 due = config.checkpoint_every and (done or self.step % config.checkpoint_every == 0)
@@ -161,8 +164,24 @@ class Trainer:
         if interrupt.signal is not None and self.step < config.steps:
             save(self)
             return False
-        self.record.spectral_norms = spectral_norms(self.model)
+        self.finish()
         return True
+
+    def advance(self) -> bool:
+        """Takes a step, with the validations that are due before and after it; True if it was the last."""
+        if not self.record.validation:
+            self._validate()
+        self._train_step()
+        done = self.step == self.config.steps
+        if done or self.step % self.config.eval_every == 0:
+            self._validate()
+        return done
+
+    def finish(self) -> None:
+        """Notes what the trained model is like."""
+        self.record.spectral_norms = spectral_norms(self.model)
+        if isinstance(self.optimizer, FusedOptimizer) and self.config.sparsity is not None:
+            self.record.sparsity = outcome(self.optimizer, self.model, self.config)
 
     def _train_step(self) -> None:
         config, record = self.config, self.record
@@ -195,12 +214,9 @@ class Trainer:
         tokens = training_batch(self.corpus, config.batch_size, config.sequence_length, config.seed, step)
         return tokens.to(self.device)
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        losses = [next_byte_loss(self.model, tokens.to(self.device)).item() for tokens in self._validation]
-        weights = [tokens.shape[0] for tokens in self._validation]
-        mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
-        self.record.validation.append([self.step, mean])
+        batches = [tokens.to(self.device) for tokens in self._validation]
+        self.record.validation.append([self.step, mean_loss(self.model, batches)])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

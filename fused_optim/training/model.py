@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -69,6 +69,14 @@ def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross entropy in nats of each token given those before it; tokens ``[batch, length + 1]``."""
     logits = model(input_ids=tokens[:, :-1]).logits
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Tensor]) -> float:
+    """Of all sequences in batches of tokens."""
+    losses = [next_byte_loss(model, tokens).item() for tokens in batches]
+    weights = [len(tokens) for tokens in batches]
+    return sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ..kernels.codecs import CODECS, OF_DTYPE
 from ..spectral import SpectralClip
 from .model import decay_groups
 from .planner import Storage
+from .sparse import build_recipe, lr_factor, separate
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ OPTIMIZERS = {
 beside AdamW and bears twice its lr with ``match_rms_adamw``."""
 
 
+def class_of(config: Any) -> Callable[..., torch.optim.Optimizer]:
+    """Our class: that of the optimizer, or the one that a recipe brings."""
+    return fused_optim.CASTAdamS if config.sparsity == "cast" else OPTIMIZERS[config.optimizer].ours
+
+
 def label(contender: str, config: Any) -> str:
     """How a contender is called in tables and figures."""
     pair = OPTIMIZERS[config.optimizer]
-    name = getattr(pair.theirs if contender == "torch" else pair.ours, "__name__", config.optimizer)
+    ours = class_of(config)
+    name = getattr(pair.theirs if contender == "torch" else ours, "__name__", config.optimizer)
     if contender != "torch" and config.spectral_clip is not None:
         name = f"{name} clip={config.spectral_clip:g}"
+    if contender != "torch" and config.sparsity is not None:
+        name = f"{name} {config.sparsity} {config.pattern}"
     return f"{contender} {name} {config.torch_dtype if contender == 'torch' else config.storage}"
 
 
@@ -69,17 +78,24 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     pair = OPTIMIZERS[config.optimizer]
     groups = decay_groups(model, config.weight_decay)
     moments = {"betas": tuple(config.betas)} if config.betas else {"momentum": config.momentum}
-    storage, options, their_lr = Storage.parse(config.storage), dict(pair.options), config.lr
+    storage, options = Storage.parse(config.storage), dict(pair.options)
+    their_lr = config.lr / lr_factor(config)
     if "others" in options:
         # Muon stands beside AdamW, and AdamW has what is not Muon's.
-        options["others_lr"], their_lr = config.lr, config.lr / pair.lr_factor
+        options["others_lr"], their_lr = their_lr, their_lr / pair.lr_factor
     if contender == "torch":
         assert pair.theirs is not None
         theirs = {"betas": tuple(OPTIMIZERS["adamw"].default_moments)} if "others" in options else moments
         return pair.theirs(groups, lr=their_lr, fused=True, **theirs)
     if config.spectral_clip is not None:
         options["spectral"] = SpectralClip(post=config.spectral_clip)
-    return pair.ours(
+    recipe = build_recipe(config)
+    if recipe is not None:
+        options["sparsity"] = recipe
+    if recipe is not None and config.sparsity == "cast":
+        options["l1"] = config.pruned_decay
+        groups = separate(groups, recipe, others_lr=their_lr)
+    return class_of(config)(
         groups,
         lr=config.lr,
         param_codec=storage.param_codec,

@@ -326,8 +326,7 @@ class _Counter:
             if not param.requires_grad:
                 continue
             gradients += self._gradient(name, param)
-            codec = stored.param_codec(name, param, group)
-            codecs = stored.state_codecs(name, name, param, group, rule)
+            codec, codecs = stored.codecs(name, name, param, group, rule)
             beside = {"param" + plane.suffix for plane in codec.planes[1:]}
             for key, plane in stored.planes_of(codec, rule, codecs).items():
                 nbytes = self._plane(param, plane)

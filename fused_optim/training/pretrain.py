@@ -21,6 +21,7 @@ from .data import Corpus, UsageError, check_length, load_corpus
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
 FIGURE = "report.png"
+SPARSE_MODEL = "model.safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Trains the same Llama twice from the same seed on the same batches, once with this library's
     optimizer and once with torch's (``--compare none``: only ours). Writes ``results.json`` and
     ``report.png`` into a folder under ``runs/``. Ctrl-C and SIGTERM save a checkpoint, from which
-    ``--resume`` continues with the same losses, bit for bit, on the same machine.
+    ``--resume`` continues with the same losses, bit for bit, on the same machine. A model that
+    ``--sparsity`` made N:M is written there as well (``model.safetensors``, for
+    :func:`fused_optim.sparsity.load_sparse`).
 
     Args:
         argv: the arguments without the program's name; None takes the process's.
 
     Returns:
-        0 when finished, 2 for input that cannot be used, 128 + the signal's number when interrupted.
+        0 when finished, 1 if the model is not as sparse as ``--sparsity`` says, 2 for input that cannot be
+        used, 128 + the signal's number when interrupted.
 
     Example:
         >>> from fused_optim.training import pretrain
@@ -102,6 +106,7 @@ class _Session:
     def run(self) -> int:
         from .loop import Interrupt, Trainer
         from .report import write_report
+        from .sparse import export
 
         print(self.corpus.summary())
         if self.resumed:
@@ -115,12 +120,17 @@ class _Session:
                     print(f"{self._where()}; continue with")
                     print(f"  python -m fused_optim pretrain --resume {self.folder}")
                     return 128 + interrupt.signal
-                self.finished[name] = self.trainer.record
+                record = self.trainer.record
+                export(self.trainer.model, record.sparsity, self.folder / SPARSE_MODEL)
+                self.finished[name] = record
             # Still inside: a signal now must not throw the finished training away.
             self.folder.mkdir(parents=True, exist_ok=True)
             seconds = time.perf_counter() - self.started
             paths = self.folder / RESULTS, self.folder / FIGURE
             print(write_report(self.config, self.corpus, self.finished, self.environment, seconds, *paths))
+        if any(record.sparsity.get("wrong") for record in self.finished.values()):
+            print(f"pretrain: error: the model is not {self.config.pattern}, see above", file=sys.stderr)
+            return 1
         return 0
 
     def save(self, trainer: Any) -> None:

@@ -21,6 +21,7 @@ from .config import PretrainConfig
 from .data import Corpus
 from .figure import draw
 from .loop import Record
+from .sparse import sentence
 
 _PARTS = ("parameters", "gradients", "states")
 
@@ -68,6 +69,7 @@ def summarize(record: Record, config: PretrainConfig) -> dict[str, Any]:
         "bytes_per_parameter": {part: record.memory[part] / record.elements for part in _PARTS},
         "activation_bytes": record.memory["activations"],
         "mean_spectral_norm": fmean(record.spectral_norms.values()),
+        "density": record.sparsity["density"] if record.sparsity else None,
     }
 
 
@@ -94,10 +96,12 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
         "bytes/parameter",
         "activations",
         "spectral norm",
+        *(["density"] if any(record.sparsity for record in records.values()) else []),
     ]
     rows = [head]
     for name, row in summaries.items():
         parts = row["bytes_per_parameter"]
+        density = [] if len(head) < 10 else [_percent(row["density"])]
         rows.append([
             records[name].label,
             f"{row['train_loss']:.4f}",
@@ -108,10 +112,15 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
             " + ".join(f"{parts[part]:.3g}" for part in _PARTS) + f" = {sum(parts.values()):.3g}",
             f"{row['activation_bytes'] / 2**20:.1f} MiB",
             f"{row['mean_spectral_norm']:.2f}",
+            *density,
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _percent(share: float | None) -> str:
+    return "dense" if share is None else f"{100 * share:.1f} %"
 
 
 def finite(value: Any) -> Any:
@@ -163,6 +172,7 @@ def write_report(
             f"(smoothed), {comparison['validation_distance']:.4f} in validation; optimizer step in "
             f"{comparison['optimizer_time_ratio']:.2f} of torch's time"
         )
+    lines += [sentence(record.sparsity) for record in records.values() if record.sparsity]
     lines.append(f"{elements / 1e6:.2f} M parameters, {config.steps} steps, {seconds:.0f} s in all")
     lines.append(f"{figure_path}  {results_path}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..codecs import OF_DTYPE
 from . import library
 
 if TYPE_CHECKING:
@@ -23,10 +24,17 @@ class _Cpu:
     def __init__(self, opened: library.Library) -> None:
         self.library = opened
         self.step = opened.function(
-            "step", c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int
+            "step", c_int, *library.WORK, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int
         )
         self.square_sum = opened.function(
             "square_sum", c_int, c_int, c_int, c_void_p, c_int64, c_void_p, c_int, c_int, c_void_p
+        )
+        tensor = c_void_p, c_int
+        self.nm_mask = opened.function(
+            "nm_mask", c_int, *tensor, c_int64, c_int, c_int, c_void_p, c_int, c_int
+        )
+        self.transposable_mask = opened.function(
+            "transposable_mask", c_int, *tensor, c_int64, c_int64, c_void_p, c_int, c_int
         )
         name_of, runs = opened.function("isa", c_char_p, c_int), opened.function("runs", c_int, c_int)
         self.isas: dict[str, int] = {}
@@ -84,8 +92,7 @@ def step(bucket: Launch) -> None:
     cpu, cached = _cpu(), bucket.cache.get("native")
     if cached is None:
         cached = bucket.cache["native"] = (
-            cpu.library.rules[bucket.rule.name],
-            cpu.library.codec_ids(bucket),
+            *cpu.library.work(bucket),
             bucket.table.data_ptr(),
             bucket.table.shape[1],
             bucket.rows.data_ptr(),
@@ -112,3 +119,24 @@ def square_sum(bucket: Launch) -> Tensor:
     )
     _check(error, bucket)
     return total
+
+
+def _packed_mask(function: Callable[..., int], x: Tensor, *arguments: int) -> Tensor:
+    """The bits that a C function writes for a contiguous tensor."""
+    assert x.is_contiguous()
+    bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    codec = _cpu().library.codecs[OF_DTYPE[str(x.dtype).removeprefix("torch.")]]
+    error = function(x.data_ptr(), codec, *arguments, bits.data_ptr(), torch.get_num_threads(), _cpu().isa)
+    if error:
+        raise RuntimeError(f"native mask failed with error {error} for shape {tuple(x.shape)}, {arguments}")
+    return bits
+
+
+def nm_mask(x: Tensor, group: int, kept: int) -> Tensor:
+    """Which values are among the ``kept`` largest of their ``group`` of neighbours: 1 bit for each."""
+    return _packed_mask(_cpu().nm_mask, x, x.numel(), group, kept)
+
+
+def transposable_mask(x: Tensor) -> Tensor:
+    """The best mask of 4x4 blocks with two values in every row and column: 1 bit for each."""
+    return _packed_mask(_cpu().transposable_mask, x, *x.shape)

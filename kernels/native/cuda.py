@@ -24,7 +24,7 @@ class _Cuda:
         self.tile: int = opened.function("tile", c_int)()
         table_and_tiles = c_void_p, c_int64, c_void_p, c_int
         launch = c_int, c_void_p
-        arguments = c_int, c_void_p, *table_and_tiles, c_void_p, c_int64, c_void_p, *launch
+        arguments = *library.WORK, *table_and_tiles, c_void_p, c_int64, c_void_p, *launch
         self.step: dict[bool, Callable[..., int]] = {
             True: opened.function("step_exact", c_int, *arguments),
             False: opened.function("step_fast", c_int, *arguments),
@@ -53,7 +53,8 @@ def unavailable() -> str | None:
 def lacks(codec: str) -> bool:
     """Whether the library has no such codec."""
     opened = library.load("cuda")
-    return isinstance(opened, str) or codec not in opened.codecs
+    # Its kernels have no masked rules yet.
+    return isinstance(opened, str) or codec not in opened.codecs or codec == "mask"
 
 
 def _run(function: Callable[..., int], bucket: Launch, *arguments: Any) -> None:
@@ -73,8 +74,7 @@ def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     cuda, cached = _cuda(), bucket.cache.get("cuda")
     if cached is None:
-        cached = cuda.library.rules[bucket.rule.name], cuda.library.codec_ids(bucket)
-        bucket.cache["cuda"] = cached
+        cached = bucket.cache["cuda"] = cuda.library.work(bucket)
     table, rows, tiles = bucket.table, bucket.rows, bucket.tiles(cuda.tile)
     _run(
         cuda.step[bucket.exact],

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-ABI = 2
+ABI = 3
 """Equals ``ABI`` in csrc/table.h."""
+
+WORK = ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+"""Types of what ``Library.work`` returns."""
 
 _REBUILD = "run `pip install -e .` in a checkout, or `pip install --force-reinstall fused_optim`"
 _NEEDS = {"cpu": "g++ and CMake", "cuda": "nvcc (CUDA 12.8 or later) on the PATH"}
@@ -50,10 +53,11 @@ class Library:
 
         return {entry: i for i, entry in enumerate(until_null())}
 
-    def codec_ids(self, bucket: Any) -> Any:
-        """The bucket's codecs as the C functions take them: parameter, gradient, states."""
+    def work(self, bucket: Any) -> tuple[Any, ...]:
+        """What the bucket computes as the C functions take it: the ids of its rule and its codecs."""
         ids = [self.codecs[codec.name] for codec in (bucket.param, bucket.grad, *bucket.states)]
-        return (ctypes.c_int32 * len(ids))(*ids)
+        rule = bucket.rule.inner or bucket.rule
+        return self.rules[rule.name], bucket.rule.group, (ctypes.c_int32 * len(ids))(*ids), len(ids)
 
 
 def layouts_of(bucket: Any) -> int | None:

@@ -69,6 +69,19 @@ def _split(kept: int, low: torch.dtype) -> ReferenceCodec:
     return ReferenceCodec(decode, encode)
 
 
+_BITS = torch.arange(8, dtype=torch.uint8)
+
+
+def _mask_decode(planes: Planes) -> Tensor:
+    return ((planes[0].unsqueeze(1) >> _BITS.to(planes[0].device)) & 1).flatten().float()
+
+
+def _mask_encode(x: Tensor, _: Stream) -> Planes:
+    """Eight neighbours in a byte, the first in its lowest bit."""
+    set_ = torch.nn.functional.pad((x != 0).to(torch.uint8), (0, -len(x) % 8)).view(-1, 8)
+    return ((set_ << _BITS.to(x.device)).sum(1, dtype=torch.uint8),)
+
+
 def _stochastic_bf16(x: Tensor, stream: Stream) -> Planes:
     random = random_16_bits(stream, x.numel(), x.device).int()
     bits = _bits(x)
@@ -81,6 +94,7 @@ CODECS: dict[str, ReferenceCodec] = {
     "bf16": _plain(torch.bfloat16),
     "fp16": _plain(torch.float16),
     "fp64": _plain(torch.float64, torch.float64),
+    "mask": ReferenceCodec(_mask_decode, _mask_encode),
     "blank": _plain(torch.float32)._replace(decode=lambda planes: torch.zeros_like(planes[0])),
     "bf16_sr": _plain(torch.bfloat16)._replace(encode=_stochastic_bf16),
     "bf16_kahan": _kahan(torch.bfloat16),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..layout import flat
 from .codecs import CODECS
+from .masking import rule_of
 from .philox import Stream
-from .rules import RULES
 
 if TYPE_CHECKING:
     from ..launch import Launch
@@ -35,7 +35,7 @@ def _write(planes: Sequence[Tensor], values: Sequence[Tensor], order_of: Tensor,
 
 def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
-    rule, codecs = RULES[bucket.rule.name], [CODECS[c.name] for c in (bucket.param, *bucket.states)]
+    rule, codecs = rule_of(bucket.rule), [CODECS[c.name] for c in (bucket.param, *bucket.states)]
     for index, row_index in enumerate(bucket.row_indices):
         seed, step_number = bucket.random_key(row_index)
         active, g_scale, _, _, *k = bucket.rows[row_index].unbind()

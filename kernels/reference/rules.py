@@ -73,4 +73,18 @@ def sgd_momentum(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[
     return p - lr * u, (b,)
 
 
-RULES: dict[str, ReferenceRule] = {f.__name__: f for f in (adam, adam_amsgrad, lion, sgd, sgd_momentum)}
+def cast_adam(p: Tensor, g: Tensor, s: States, k: Sequence[Tensor]) -> tuple[Tensor, States]:
+    """CAST's AdamS: the momentum of pruned weights turns into an L1 decay; ``s[2]`` is the mask."""
+    w1, b2, w2, c1, c2, eps, step_size, kept_part, l1 = k
+    m, v, keep = s
+    m = m + w1 * (g - m)
+    sign = (p > 0).to(p.dtype) - (p < 0).to(p.dtype)
+    mixed = torch.where(keep != 0, m, kept_part * m + l1 * sign)
+    x = c1 * mixed
+    v = b2 * v + (w2 * x) * x
+    return p - step_size * (mixed / (sqrt(v) * c2 + eps)), (m, v)
+
+
+RULES: dict[str, ReferenceRule] = {
+    f.__name__: f for f in (adam, adam_amsgrad, lion, sgd, sgd_momentum, cast_adam)
+}

@@ -126,3 +126,15 @@ def float_of(bits):
 def rounded(x):
     """The integer nearest to ``|x| < 2**22``, ties to even."""
     return (x + ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def below(x, y):
+    """-1 where ``x < y``, else 0, for integers whose difference is one; comparing would take a predicate."""
+    if INTERPRETED:
+        return (x - y) >> 31
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .s32 d; sub.s32 d, $1, $2; shr.s32 $0, d, 31; }",
+            "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip

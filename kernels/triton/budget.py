@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from ..masking import keeps_dense
 from ..spec import Codec, Rule, bytes_moved
 
 LANE_INSTRUCTIONS_PER_BYTE = 6.9
@@ -13,8 +15,14 @@ LANE_INSTRUCTIONS_PER_BYTE = 6.9
 USABLE_SHARE = 0.6
 """Of the issue slots: loads stall, and never all slots are used."""
 
-EXACT_INSTRUCTIONS = {"sgd": 15, "sgd_momentum": 24, "lion": 27, "adam": 55, "adam_amsgrad": 59}
+EXACT_INSTRUCTIONS = {
+    **{"sgd": 15, "sgd_momentum": 24, "lion": 27},
+    **{"adam": 55, "adam_amsgrad": 59, "cast_adam": 60},
+}
 """Executed per element in exact arithmetic, rounded up from the dearest storage of ``bench static``."""
+
+MASK_INSTRUCTIONS = {0: 14, 2: 21, 4: 25, 8: 36, 16: 58}
+"""The same for a mask, beyond its rule, by the size of its groups."""
 
 CODEC_INSTRUCTIONS = {
     **{"bf16_sr": 19, "bf16_kahan": 13, "fp16_kahan": 11, "bf16_split8": 18, "bf16_split16": 9},
@@ -46,12 +54,19 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
 
 
+def traffic(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> tuple[float, float]:
+    """Bytes a step reads and writes for one element: beside its dense weights a parameter is only written."""
+    return bytes_moved(rule, replace(param, write_only=param.write_only or keeps_dense(rule)), grad, states)
+
+
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:
     """Whether exact arithmetic fits into the time that memory takes: what ``arithmetic="auto"`` means.
 
     A rule that nobody has counted yet is taken to cost as much as the dearest.
     """
-    instructions = EXACT_INSTRUCTIONS.get(rule.name, max(EXACT_INSTRUCTIONS.values()))
+    inner = rule.inner or rule
+    instructions = EXACT_INSTRUCTIONS.get(inner.name, max(EXACT_INSTRUCTIONS.values()))
+    instructions += 0 if inner is rule else MASK_INSTRUCTIONS[rule.group]
     instructions += sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in (param, *states))
-    budget = LANE_INSTRUCTIONS_PER_BYTE * sum(bytes_moved(rule, param, grad, states))
+    budget = LANE_INSTRUCTIONS_PER_BYTE * sum(traffic(rule, param, grad, states))
     return instructions <= USABLE_SHARE * budget

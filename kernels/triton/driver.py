@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..masking import keeps_dense
+from ..rules import CAST_ADAM
 from .budget import launch_shape
 
 if TYPE_CHECKING:
@@ -51,10 +53,11 @@ def unavailable(device_type: str) -> str | None:
 
 
 def _functions(codec: str) -> tuple[Any, Any] | None:
-    """The functions of a codec in codecs.py (decode, encode) or in block_codecs.py (value, code)."""
-    from . import block_codecs, codecs
+    """The functions of a codec: decode and encode, or in block_codecs.py value and code."""
+    from . import block_codecs, codecs, masking
 
-    for module, names in ((codecs, ("decode", "encode")), (block_codecs, ("value", "code"))):
+    both = ("decode", "encode")
+    for module, names in ((codecs, both), (masking, both), (block_codecs, ("value", "code"))):
         first, second = (getattr(module, f"{codec}_{name}", None) for name in names)
         if first is not None and second is not None:
             return first, second
@@ -82,6 +85,18 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
     return blocks.block_decode, blocks.block_encode, tl.constexpr(codec.columns), *functions, *numbers
 
 
+def _rule(rule: Rule) -> tuple[Any, ...]:
+    """What applies a rule, its function, and how a masked one is put together."""
+    from . import masking, rules
+
+    if rule.inner is None:
+        return masking.unmasked, getattr(rules, rule.name)
+    inner, function = rule.inner, getattr(rules, rule.inner.name)
+    # Only cast_adam looks at the mask.
+    counts = len(inner.scalars), len(inner.slots), inner is CAST_ADAM
+    return masking.masked, function, *counts, rule.group, keeps_dense(rule)
+
+
 def _sources(*parts: Any) -> str:
     """A hash of the text of functions among these and of all they call (the interpreter's have none)."""
     text = "".join(getattr(part, "cache_key", "") for part in parts)
@@ -104,12 +119,13 @@ def step_constants(
     rule: Rule, codecs: Sequence[Codec], strided: bool, exact: bool
 ) -> tuple[Constants, Constants]:
     """Compile-time arguments and options of ``step``; codecs in the order parameter, states, gradient."""
-    from . import rules
-
-    function, in_registers = getattr(rules, rule.name), tuple(map(_codec, codecs))
+    function, in_registers = _rule(rule), tuple(map(_codec, codecs))
     constants, options = _shared_constants(codecs, strided)
-    sources = _sources(function, *(part for codec in in_registers for part in codec))
+    sources = _sources(*function, *(part for codec in in_registers for part in codec))
     constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
+    if rule.group > 8 and not strided:
+        # Left alone, ptxas takes up to 245 of them: two programs a multiprocessor instead of three.
+        options["maxnreg"] = 168
     return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
 
 

@@ -60,3 +60,14 @@ def sgd_momentum(p, g, s, k, EXACT: tl.constexpr):
     b = mu * s[0] + w * g
     u = ng * g + nb * b
     return p - lr * u, (b,)
+
+
+@triton.jit
+def cast_adam(p, g, s, k, EXACT: tl.constexpr):
+    w1, b2, w2, c1, c2, eps, step_size, kept_part, l1 = k
+    m, v, keep = s
+    m = m + w1 * (g - m)
+    mixed = tl.where(keep, m, kept_part * m + l1 * sign(p))
+    x = c1 * mixed
+    v = b2 * v + (w2 * x) * x
+    return p - step_size * div(mixed, sqrt(v, EXACT) * c2 + eps, EXACT), (m, v)

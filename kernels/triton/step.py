@@ -92,7 +92,7 @@ def _update(
     s = ()
     for i in tl.static_range(1, len(CODECS) - 1):
         s += (CODECS[i][0](planes[i], s_home, SPREAD, CODECS[i]),)
-    p, s = RULE(p, g, s, k, EXACT)
+    p, s = RULE[0](p, g, s, k, dense[2], SPREAD, EXACT, RULE)
     CODECS[0][1](p, planes[0], p_home, (0, stream), SPREAD, CODECS[0])
     for i in tl.static_range(1, len(CODECS) - 1):
         CODECS[i][1](s[i - 1], planes[i], s_home, (i, stream), SPREAD, CODECS[i])

@@ -1,0 +1,97 @@
+"""Between recipes and the engine: which rule a masked parameter follows, and how its masks begin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .kernels import late_masks
+from .kernels.bucket import Bucket
+from .kernels.finders import Finder
+from .kernels.launch import Key
+from .kernels.masking import masked
+from .kernels.spec import Codec, Rule
+from .recipe import Sparsity, group_in_kernels
+from .storage import complete_state, empty_plane, local_view
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+
+def steps_done(recipe: Sparsity, state: Mapping[str, Any]) -> float:
+    """Of a parameter, if it decides about more than numbers in a row (reads the device)."""
+    return float(state.get("step", 0.0)) if recipe.changes_groups else 0.0
+
+
+def find(
+    recipe: Sparsity | None, rule: Rule, name: str, own_name: str, param: Tensor, state: Mapping[str, Any]
+) -> tuple[Rule | None, Finder | None]:
+    """A rule's masked form if the parameter has masks, and how these are found where no kernel can.
+
+    Raises:
+        ValueError: a strict recipe is meant for a parameter that cannot be masked.
+    """
+    if recipe is None:
+        return None, None
+    finder = recipe.finder(name, own_name, param, steps_done(recipe, state) + 1)
+    if finder is None:
+        return None, None
+    group = group_in_kernels(finder, param)
+    return masked(rule, group, recipe.keeps_dense), None if group else finder
+
+
+def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_device: bool = False) -> None:
+    """Adds to a parameter's state what it lacks: a mask and a copy of the weights among it.
+
+    Raises:
+        ValueError: group sizes change and the host must not know how many steps are done.
+    """
+    options = optimizer.param_groups[group]
+    param, recipe = options["params"][position], options["sparsity"]
+    state, name = optimizer.state[param], optimizer._name(group, position)
+    complete_state(state, param, key.rule, key.param, key.states)
+    if key.rule.inner is None:
+        return
+    if on_device and recipe.changes_groups and param.device.type != "cpu":
+        raise ValueError(
+            f"the sparsity of {name} changes the size of groups, for which the host must know how many steps "
+            "are done: use another recipe with capturable, skip_nonfinite or a loss scaler"
+        )
+    if state.get("mask") is not None:
+        return
+    t = float(state["step"])
+    finder = recipe.finder(name, optimizer._parameter_name(group, position), param, t)
+    assert finder is not None
+    codecs = {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
+    weights = local_view(param)
+    if "dense" not in codecs:
+        planes = [weights, *(local_view(state["param" + plane.suffix]) for plane in key.param.planes[1:])]
+        weights = late_masks.values_of(key.param, planes, weights)
+    elif state.get("dense") is None:
+        _store(param, state, "dense", codecs["dense"], weights.float())
+    else:
+        planes = [local_view(state["dense" + plane.suffix]) for plane in codecs["dense"].planes]
+        weights = late_masks.values_of(codecs["dense"], planes, weights)
+    keep = finder.find(weights, recipe.kept(t))
+    _store(param, state, "mask", codecs["mask"], keep.float())
+
+
+def _store(param: Tensor, state: dict[str, Any], key: str, codec: Codec, values: Tensor) -> None:
+    """New planes of a state, for values of the shape of what this rank holds of a parameter."""
+    planes = {key + plane.suffix: empty_plane(param, plane) for plane in codec.planes}
+    late_masks.put(codec, [local_view(plane) for plane in planes.values()], values, local_view(param))
+    state |= planes
+
+
+def in_frame(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every bucket still has the group sizes that its recipe wants in the coming step."""
+    for bucket in buckets:
+        key, recipe = bucket.members[0].key, groups[bucket.members[0].group]["sparsity"]
+        if key.rule.inner is None or not bucket.launched or not recipe.changes_groups:
+            continue
+        size = key.rule.group if key.finder is None else key.finder.size
+        if any(groups[g]["sparsity"].group(step + 1) != size for g, step in bucket.cohorts):
+            return False
+    return True

@@ -1,0 +1,111 @@
+"""What an optimizer knows of its masks: which parameters have them, what they are, how they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import masking
+from ..kernels.late_masks import MaskedWeights
+from ..kernels.launch import Key, Operands
+from ..kernels.layout import layout_of
+from ..optimizer import FusedOptimizer
+from ..storage import local_view
+
+
+class Place(NamedTuple):
+    """A parameter, what the optimizer calls it, and whether it has masks."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: str
+    reason: str
+
+
+def _masked(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Tensor, Key]]:
+    for group, position, param in optimizer._parameters():
+        key = optimizer._key(group, position, param)
+        if key.rule.inner is not None:
+            yield group, position, param, key
+
+
+def _weights(optimizer: FusedOptimizer, param: Tensor, key: Key) -> MaskedWeights:
+    state, home = optimizer.state[param], local_view(param)
+    of_param = [home, *(local_view(state["param" + plane.suffix]) for plane in key.param.planes[1:])]
+    of_states = [
+        [local_view(state[slot.name + plane.suffix]) for plane in codec.planes]
+        for slot, codec in zip(key.rule.slots, key.states, strict=True)
+    ]
+    return MaskedWeights(key, Operands(of_param, of_states, layout_of(home, home), 0))
+
+
+@torch.no_grad()
+def apply_masks(optimizer: FusedOptimizer) -> None:
+    """Masks the weights now, as a step would leave them: for a first forward pass that is sparse already.
+
+    A recipe that shows the model masked weights does so from the end of the first step on; call this before
+    the training, or after the parameters have been changed from outside (the dense weights of masked
+    parameters are taken from them if the optimizer has none).
+
+    Args:
+        optimizer: with the option ``sparsity``.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> from fused_optim.sparsity import SRSTE, apply_masks
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> optimizer = fused_optim.AdamW(layer.parameters(), sparsity=SRSTE())
+        >>> apply_masks(optimizer)
+        >>> int((layer.weight == 0).sum())
+        32
+    """
+    for group, position, param, key in list(_masked(optimizer)):
+        masking.complete(optimizer, group, position, key)
+        show(optimizer, group, param, key)
+
+
+def show(optimizer: FusedOptimizer, group: int, param: Tensor, key: Key) -> None:
+    """What the mask that a parameter has leaves of the weights as they are now is the parameter."""
+    t = float(optimizer.state[param]["step"])
+    _weights(optimizer, param, key).show(optimizer.param_groups[group]["sparsity"].pruned(t)[2])
+
+
+def masks_of(optimizer: FusedOptimizer) -> dict[str, Tensor]:
+    """The mask of every masked parameter that has taken a step, as a bool tensor of what this rank holds."""
+    return {
+        optimizer._name(group, position): _weights(optimizer, param, key).mask() != 0
+        for group, position, param, key in _masked(optimizer)
+        if "mask" in optimizer.state.get(param, {})
+    }
+
+
+def listing(optimizer: FusedOptimizer) -> list[Place]:
+    """Every parameter with its pattern, or with the reason why it is left dense.
+
+    Example:
+        >>> import torch, fused_optim
+        >>> from fused_optim.sparsity import SRSTE, listing
+        >>> layer = torch.nn.Linear(6, 8)
+        >>> optimizer = fused_optim.AdamW(layer.named_parameters(), sparsity=SRSTE())
+        >>> for place in listing(optimizer):
+        ...     print(place.name, place.pattern, place.reason)
+        weight dense dimension 1 has 6 weights, no multiple of 4
+        bias dense not meant by apply_to
+    """
+    places = []
+    for group, position, param in optimizer._parameters():
+        recipe = optimizer.param_groups[group]["sparsity"]
+        own_name = optimizer._parameter_name(group, position)
+        name, pattern = own_name or optimizer._name(group, position), "dense"
+        if recipe is None:
+            reason = "no sparsity option"
+        elif not recipe.means(own_name, param):
+            reason = "not meant by apply_to"
+        else:
+            reason = recipe.unfit(param) or ""
+            pattern = pattern if reason else f"{recipe.n}:{recipe.m}"
+        places.append(Place(name, tuple(param.shape), pattern, reason))
+    return places

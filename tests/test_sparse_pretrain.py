@@ -1,0 +1,212 @@
+"""Pretraining with recipes for N:M sparsity: models end sparse, export, resume; bad options are one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import sparse_learning
+from fused_optim.sparsity import load_sparse
+from fused_optim.training import pretrain, report, sparse
+from fused_optim.training.config import parse, resolve
+from fused_optim.training.data import load_corpus, validation_batches
+from fused_optim.training.loop import Trainer
+from fused_optim.training.model import build_model, mean_loss
+from fused_optim.training.sparse import RECIPES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = ["--hidden", "32", "--layers", "1", "--heads", "2", "--sequence-length", "16", "--batch-size", "2"]
+RUN = [*SMALL, "--steps", "8", "--eval-every", "4", "--device", "cpu", "--lr", "1e-2", "--compare", "none"]
+MATRICES = {
+    f"model.layers.0.{name}_proj.weight"
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of such a short run."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.py"
+    path.write_text("".join(f"def f{n}(x):\n    return x + {n * n}\n\n" for n in range(300)))
+    return path
+
+
+def _pretrain(*options: str | Path) -> int:
+    return pretrain.main([str(option) for option in options])
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / pretrain.RESULTS).read_text())
+
+
+def _most_of_groups(w: torch.Tensor, m: int) -> int:
+    return int(np.count_nonzero(w.float().numpy().reshape(len(w), -1, m), axis=2).max())
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "m"),
+    [
+        *[([name], 2, 4) for name in RECIPES if name != "masked-decay"],
+        (["one-shot", "--pattern", "1:8", "--dense-steps", "0", "--storage", "fp32"], 1, 8),
+        (["sr-ste", "--optimizer", "muon", "--pruned-decay", "0.01"], 2, 4),
+        (["mask-decay", "--spectral-clip", "0.5", "--optimizer", "lion", "--storage", "sr+int8"], 2, 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_models_end_sparse_and_can_be_loaded(
+    options: list[str], n: int, m: int, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    everything = [*RUN, "--sparsity", *options]
+    assert _pretrain("--data", text, *everything, "--out", out) == 0
+    record = _results(out)["runs"]["fused_optim"]
+    assert (record["sparsity"]["matrices"], record["sparsity"]["wrong"]) == (len(MATRICES), [])
+    assert record["sparsity"]["density"] == n / m
+    assert f"{options[0]} {n}:{m}" in (table := capsys.readouterr().out)
+    assert f"{n}:{m} in 7 matrices" in table
+
+    loaded = load_sparse(out / pretrain.SPARSE_MODEL)
+    assert {name: _most_of_groups(loaded[name], m) for name in MATRICES} == dict.fromkeys(MATRICES, n)
+    config = resolve(parse(["--data", str(text), *everything]))
+    model = build_model(config, 1).to(loaded["lm_head.weight"].dtype)
+    model.load_state_dict(loaded)
+    batches = validation_batches(load_corpus(str(text), None), config.batch_size, config.sequence_length)
+    assert mean_loss(model, batches) == record["validation"][-1][1]
+
+
+def test_a_recipe_that_ends_dense_says_so(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert _pretrain("--data", text, *RUN, "--sparsity", "masked-decay", "--out", out) == 0
+    assert "masked-decay ends dense: 7 matrices" in capsys.readouterr().out
+    assert _results(out)["runs"]["fused_optim"]["sparsity"]["ends_dense"]
+    assert not (out / pretrain.SPARSE_MODEL).exists()
+
+
+def test_a_model_that_is_not_sparse_fails(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sparse, "check_mask", lambda w, n, m, dim: len(w) != 96)
+        assert _pretrain("--data", text, *RUN, "--sparsity", "sr-ste", "--out", tmp_path / "run") == 1
+    captured = capsys.readouterr()
+    assert "NOT 2:4: model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight" in captured.out
+    assert captured.err.endswith("pretrain: error: the model is not 2:4, see above\n")
+
+
+@pytest.mark.parametrize("name", ["one-shot", "sr-ste", "cast"])
+def test_resuming_is_bit_exact(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._train_step
+
+    def stopping(trainer: Trainer) -> None:
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        step(trainer)
+
+    everything = ["--data", text, *RUN, "--sparsity", name, "--checkpoint-every", "8"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert _pretrain(*everything, "--out", whole) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", stopping)
+        assert _pretrain(*everything, "--out", halves) == 128 + signal.SIGTERM
+    assert _pretrain("--resume", halves) == 0
+    expected, found = (_results(folder)["runs"]["fused_optim"] for folder in (whole, halves))
+    assert found["train_loss"] == expected["train_loss"]
+    assert found["validation"] == expected["validation"]
+    assert found["sparsity"]["density"] == expected["sparsity"]["density"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "asp"], "invalid choice: 'asp'"),
+        (["--pattern", "2:4"], "--pattern is for a recipe; give --sparsity one-shot, sr-ste"),
+        (["--sparsity", "sr-ste", "--pattern", "half"], "--pattern half is not N:M, such as 2:4"),
+        (["--sparsity", "sr-ste", "--pattern", "4:2"], "0 < n < m <= 32"),
+        (["--sparsity", "sr-ste", "--pattern", "1:5"], "--pattern 1:5 fits no matrix: dimension 1 has 32"),
+        (
+            ["--sparsity", "sr-ste", "--dense-steps", "3"],
+            "--dense-steps does not exist for --sparsity",
+        ),
+        (["--sparsity", "one-shot", "--pruned-decay", "1"], "--pruned-decay does not exist"),
+        (["--sparsity", "one-shot", "--dense-steps", "8"], "less than --steps 8"),
+        (["--sparsity", "cast", "--pruned-decay", "-1"], "--pruned-decay must be finite and 0 or more"),
+        (["--sparsity", "cast", "--optimizer", "lion"], "does not go with --optimizer lion"),
+        (["--sparsity", "cast", "--spectral-clip", "1"], "does not go with --spectral-clip"),
+        (["--sparsity", "masked-decay", "--pattern", "1:4"], "is 2:4 in rows and columns"),
+        (["--sparsity", "structure-decay", "--dense-steps", "5"], "less than a step for each of 2 patterns"),
+        (["--sparsity", "mask-decay", "--dense-steps", "7"], "--dense-steps 7 must be below 6"),
+    ],
+)
+def test_bad_options_are_one_line(
+    options: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _pretrain("--data", text, *RUN, *options, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("pretrain: error: ") and error.count("\n") == 1
+
+
+def test_matrices_of_cast_have_a_learning_rate_of_their_own() -> None:
+    config = resolve(parse(["--sparsity", "cast"]))
+    trained = resolve(parse([]))
+    assert config.lr == pytest.approx(trained.lr * RECIPES["cast"].lr_factor)
+    groups = [{"params": [(n, torch.zeros(8, 8)) for n in ("up", "lm_head")], "weight_decay": 0.1}]
+    recipe = sparse.build_recipe(config)
+    assert recipe is not None
+    masked, others = sparse.separate(groups, recipe, others_lr=0.5)
+    assert [name for name, _ in masked["params"]] == ["up"] and "lr" not in masked
+    assert [name for name, _ in others["params"]] == ["lm_head"] and others["lr"] == 0.5
+
+
+def test_recipes_beside_each_other(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = ["dense", "one-shot:dense-steps=2", "sr-ste:pruned-decay=0.1,lr=1e-3"]
+    options = [option for option in RUN if option not in ("--compare", "none")]
+    out = tmp_path / "sparse.json"
+    argv = [
+        "--data",
+        str(text),
+        *options,
+        "--cases",
+        *cases,
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(out),
+        "--steps",
+        "4",
+    ]
+    assert sparse_learning.main(argv) == 0
+    found = json.loads(out.read_text())
+    assert [(row["case"], row["seed"]) for row in found["rows"]] == [(c, s) for s in (0, 1) for c in cases]
+    for row in found["rows"]:
+        assert row["config"]["lr"] == (1e-3 if "lr=" in row["case"] else 1e-2)
+        if row["case"] != "dense":
+            assert row["exported"]["validation_loss"] == row["validation_loss"]
+            assert row["exported"]["bytes"] < row["exported"]["dense_bytes"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.splitlines() == found["table"]
+    assert sparse_learning.main(["--data", str(text), *options, "--cases", "dense", "asp"]) == 2
+
+
+def test_a_group_with_too_many_is_found() -> None:
+    w = np.zeros((4, 8))
+    w[2, 4:6] = 1
+    assert not sparse_learning.has_too_many(w, 2, 4)
+    w[2, 6] = np.nan
+    assert sparse_learning.has_too_many(w, 2, 4)

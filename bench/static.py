@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
 from fused_optim.kernels.masking import GROUPS, masked
 from fused_optim.kernels.rules import CAST_ADAM, RULES
-from fused_optim.kernels.spec import Codec, Rule, Slot
-from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape, traffic
+from fused_optim.kernels.spec import Codec, Rule, Slot, bytes_moved
+from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
 
 from .compiled import check_triton, run, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
@@ -258,7 +258,7 @@ def report(job: Job) -> Report:
         model, auto = (codecs[0].bytes_per_value, 0.0), "exact"
     else:
         param, *states, grad = codecs
-        model = traffic(job.whole_rule, param, grad, tuple(states))
+        model = bytes_moved(job.whole_rule, param, grad, tuple(states))
         auto = "exact" if auto_exact(job.whole_rule, param, grad, tuple(states)) else "fast"
     return Report(
         kernel=job.rule or "square_sum",

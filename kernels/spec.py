@@ -140,5 +140,7 @@ def bytes_moved(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]
     """
     assert len(states) == len(rule.slots)
     written = sum(codec.bytes_per_value for codec in (param, *states))
-    read = sum(codec.bytes_per_value for codec in (param, grad, *states) if not codec.write_only)
+    # Beside weights that are a state the parameter is only written.
+    read_too = () if any(slot.codec == "weights" for slot in rule.slots) else (param,)
+    read = sum(codec.bytes_per_value for codec in (*read_too, grad, *states) if not codec.write_only)
     return read, written

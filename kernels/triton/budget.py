@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-from ..masking import keeps_dense
 from ..spec import Codec, Rule, bytes_moved
 
 LANE_INSTRUCTIONS_PER_BYTE = 6.9
@@ -54,11 +52,6 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
 
 
-def traffic(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> tuple[float, float]:
-    """Bytes a step reads and writes for one element: beside its dense weights a parameter is only written."""
-    return bytes_moved(rule, replace(param, write_only=param.write_only or keeps_dense(rule)), grad, states)
-
-
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:
     """Whether exact arithmetic fits into the time that memory takes: what ``arithmetic="auto"`` means.
 
@@ -68,5 +61,5 @@ def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...])
     instructions = EXACT_INSTRUCTIONS.get(inner.name, max(EXACT_INSTRUCTIONS.values()))
     instructions += 0 if inner is rule else MASK_INSTRUCTIONS[rule.group]
     instructions += sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in (param, *states))
-    budget = LANE_INSTRUCTIONS_PER_BYTE * sum(traffic(rule, param, grad, states))
+    budget = LANE_INSTRUCTIONS_PER_BYTE * sum(bytes_moved(rule, param, grad, states))
     return instructions <= USABLE_SHARE * budget

@@ -163,8 +163,10 @@ class Recipe(NamedTuple):
 def hypers(rule: Rule) -> list[dict[str, Any]]:
     """Two parameter groups whose options reach every scalar of a rule's row."""
     betas = {"betas": (0.9, 0.95), "eps": 1e-8, "momentum": 0.9, "dampening": 0.25, "nesterov": False}
-    betas |= {"seed": 0x9ABCDEF0, "l1": 0.5, "corrects_second_moment": True}
-    betas |= {"sparsity": Recipe(1.0, 0.02, 0.25, kept=1, every=1)}
+    betas |= {"seed": 0x9ABCDEF0}
+    if rule.inner is not None:
+        betas |= {"sparsity": Recipe(1.0, 0.02, 0.25, kept=1, every=1)}
+        betas |= {"l1": 0.5, "corrects_second_moment": True}
     first = {"lr": 0.01, "weight_decay": 0.1, "maximize": False, "decoupled_weight_decay": True, **betas}
     coupled = {"lr": 0.003, "weight_decay": 0.02, "maximize": True, "decoupled_weight_decay": False}
     second = {**first, **coupled, "betas": (0.4, 0.999), "dampening": 0.0, "nesterov": True}

@@ -69,7 +69,7 @@ def test_masks_are_the_definition(n: int, m: int) -> None:
         assert (mask.unflatten(-1, (-1, m)).sum(-1) == n).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_masks_of_any_shape_and_strides(data: st.DataObject) -> None:
     m = data.draw(st.integers(2, 6))

@@ -88,7 +88,7 @@ fi
 step=("$python" -m bench step)
 if wanted bench; then
   if [[ -z $gpu ]]; then
-    part bench $bench_limit "${step[@]}" --quick --peers none --device cpu --out "$out/bench.json"
+    part bench $bench_limit "${step[@]}" --suite catalogue --rules lion --quick --peers none --device cpu --out "$out/bench.json"
   else
     part bench $bench_limit "${step[@]}" --suite gpu --rounds 20 --budget 3 --deadline $((bench_limit - 25)) \
       --out "$out/bench.json"
@@ -106,10 +106,10 @@ if wanted products; then
   part products $products_limit "$python" -m bench products --budget 1 --deadline $((products_limit - 15)) \
     --out "$out/products.json"
 fi
-quick=(--rounds 7 --budget 2)
-[[ -n $gpu ]] || quick=(--quick)
+quick=(--rounds 7 --budget 2) suites=step,muon,clip
+[[ -n $gpu ]] || quick=(--quick) suites=muon
 if wanted matrices; then
-  part matrices $matrices_limit "$python" -m bench newton_schulz --suites step,muon,clip "${quick[@]}" \
+  part matrices $matrices_limit "$python" -m bench newton_schulz --suites $suites "${quick[@]}" \
     --out "$out/matrices.json"
 fi
 

@@ -82,8 +82,8 @@ static_assert(patterns.count == 90, "");
 FO_INLINE int first_of(int pair) { return __builtin_ctz(pairs[pair]); }
 FO_INLINE int second_of(int pair) { return 31 - __builtin_clz(pairs[pair]); }
 
-// The best pattern of LANES blocks; `sizes[4 * row + column]` are the magnitudes there. Upper halves are added up
-// once, because patterns that begin alike share them.
+// The best pattern of LANES blocks; `sizes[4 * row + column]` are the magnitudes there. Upper halves are
+// added up once, because patterns that begin alike share them.
 inline U best_patterns(const F* sizes) {
   F upper[PAIRS * PAIRS];
   for (int i = 0; i < PAIRS * PAIRS; ++i) {

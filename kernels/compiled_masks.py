@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,11 +43,16 @@ def of_blocks(w: Tensor) -> Tensor | None:
     return unpack(module.transposable_mask(w.detach().view(-1, w.shape[-1])), w)
 
 
+@cache
+def _bytes_of(device: torch.device) -> Tensor:
+    """Of every byte its eight bits as bytes, the lowest first: 256 integers."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
+
+
 def unpack(bits: Tensor, like: Tensor) -> Tensor:
     """A bool tensor of the shape and in the memory order of ``like``."""
-    # Every byte eight times, of which each keeps one bit.
-    spread = (bits.to(torch.int64) * 0x0101010101010101) & (0x8040201008040201 - (1 << 64))
-    places = spread.view(torch.uint8)[: like.numel()] != 0
+    places = _bytes_of(bits.device).index_select(0, bits.int()).view(torch.bool)[: like.numel()]
     order = memory_order(like)
     back = sorted(range(like.ndim), key=order.__getitem__)
     return places.view([like.shape[dim] for dim in order]).permute(back)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_optim
-from bench import newton_schulz, step
+from bench import masks, newton_schulz, step
 from fused_optim.training import plan, pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +185,11 @@ def test_bytes_of_the_guide() -> None:
 def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for _, cell in _rows("result file"):
         words = cell.split("`")[1].removeprefix("OMP_NUM_THREADS=1 ").split()
-        if words[2] == "bench":
-            {"step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(words[4:])
+        if words[2:4] == ["bench", "sparse_learning"]:
+            pretrain.parse(words[4:])
+        elif words[2] == "bench":
+            {"masks": masks, "step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(
+                words[4:]
+            )
         else:
             pretrain.parse(words[4:])

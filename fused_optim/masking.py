@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .kernels import late_masks
 from .kernels.bucket import Bucket
 from .kernels.finders import Finder
-from .kernels.launch import Key
+from .kernels.late_masks import MaskedWeights
+from .kernels.launch import Key, Operands
+from .kernels.layout import layout_of
 from .kernels.masking import masked
-from .kernels.spec import Codec, Rule
+from .kernels.spec import Rule
 from .recipe import Sparsity, group_in_kernels
+from .states import encode_local
 from .storage import complete_state, empty_plane, local_view
 
 if TYPE_CHECKING:
@@ -26,15 +28,13 @@ def steps_done(recipe: Sparsity, state: Mapping[str, Any]) -> float:
 
 
 def find(
-    recipe: Sparsity | None, rule: Rule, name: str, own_name: str, param: Tensor, state: Mapping[str, Any]
+    recipe: Sparsity, rule: Rule, name: str, own_name: str, param: Tensor, state: Mapping[str, Any]
 ) -> tuple[Rule | None, Finder | None]:
     """A rule's masked form if the parameter has masks, and how these are found where no kernel can.
 
     Raises:
         ValueError: a strict recipe is meant for a parameter that cannot be masked.
     """
-    if recipe is None:
-        return None, None
     finder = recipe.finder(name, own_name, param, steps_done(recipe, state) + 1)
     if finder is None:
         return None, None
@@ -65,24 +65,27 @@ def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_
     finder = recipe.finder(name, optimizer._parameter_name(group, position), param, t)
     assert finder is not None
     codecs = {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
-    weights = local_view(param)
-    if "dense" not in codecs:
-        planes = [weights, *(local_view(state["param" + plane.suffix]) for plane in key.param.planes[1:])]
-        weights = late_masks.values_of(key.param, planes, weights)
-    elif state.get("dense") is None:
-        _store(param, state, "dense", codecs["dense"], weights.float())
-    else:
-        planes = [local_view(state["dense" + plane.suffix]) for plane in codecs["dense"].planes]
-        weights = late_masks.values_of(codecs["dense"], planes, weights)
-    keep = finder.find(weights, recipe.kept(t))
-    _store(param, state, "mask", codecs["mask"], keep.float())
+    if "dense" in codecs and state.get("dense") is None:
+        state |= encode_local(param, local_view(param).float(), "dense", codecs["dense"])
+    state |= {"mask" + plane.suffix: empty_plane(param, plane) for plane in codecs["mask"].planes}
+    weights_of(optimizer, param, key).find(finder, recipe.kept(t))
 
 
-def _store(param: Tensor, state: dict[str, Any], key: str, codec: Codec, values: Tensor) -> None:
-    """New planes of a state, for values of the shape of what this rank holds of a parameter."""
-    planes = {key + plane.suffix: empty_plane(param, plane) for plane in codec.planes}
-    late_masks.put(codec, [local_view(plane) for plane in planes.values()], values, local_view(param))
-    state |= planes
+def weights_of(optimizer: FusedOptimizer, param: Tensor, key: Key) -> MaskedWeights:
+    """The weights and the mask of a parameter whose state is complete."""
+    state, home = optimizer.state[param], local_view(param)
+    of_param = [home, *(local_view(state["param" + plane.suffix]) for plane in key.param.planes[1:])]
+    of_states = [
+        [local_view(state[slot.name + plane.suffix]) for plane in codec.planes]
+        for slot, codec in zip(key.rule.slots, key.states, strict=True)
+    ]
+    return MaskedWeights(key, Operands(of_param, of_states, layout_of(home, home), 0))
+
+
+def show(optimizer: FusedOptimizer, group: int, param: Tensor, key: Key) -> None:
+    """What the mask that a parameter has leaves of the weights as they are now is the parameter."""
+    t = float(optimizer.state[param]["step"])
+    weights_of(optimizer, param, key).show(optimizer.param_groups[group]["sparsity"].pruned(t)[2])
 
 
 def in_frame(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> bool:

@@ -9,8 +9,8 @@ from . import states
 from .kernels.launch import Key
 from .kernels.masking import keeps_dense
 from .kernels.spec import Codec
+from .masking import show
 from .optimizer import FusedOptimizer
-from .sparsity.state import show
 from .storage import complete_state, plain_codec
 
 

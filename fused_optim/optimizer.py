@@ -230,9 +230,10 @@ class FusedOptimizer(Optimizer, ABC):
         """A parameter's rule, with the states of its matrices and masks, and what happens to these."""
         rule, cut = self._rule(group), self._cut(group, name, own_name, param)
         rule = rule if cut is None else replace(rule, shared=cut.shared)
-        state = self.state.get(param, {})
-        recipe, inner = group["sparsity"], replace(self._masked_rule(group), shared=rule.shared)
-        masked, finder = masking.find(recipe, inner, name, own_name, param, state)
+        if group["sparsity"] is None:
+            return rule, cut, None
+        inner, state = replace(self._masked_rule(group), shared=rule.shared), self.state.get(param, {})
+        masked, finder = masking.find(group["sparsity"], inner, name, own_name, param, state)
         return masked or rule, cut, finder
 
     def _masked_rule(self, group: Mapping[str, Any]) -> Rule:

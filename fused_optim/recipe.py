@@ -19,16 +19,23 @@ from .storage import is_dtensor, local_view
 LARGEST_GROUP = 32
 
 
-def pattern_error(n: Any, m: Any) -> ValueError | TypeError | None:
-    """What is wrong with a pattern that keeps ``n`` of ``m`` weights."""
+def check_pattern(n: Any, m: Any) -> None:
+    """Checks a pattern that keeps ``n`` of ``m`` weights.
+
+    Raises:
+        ValueError: it keeps none or all, or its groups are too large.
+        TypeError: not integers.
+    """
     for name, value in (("n", n), ("m", m)):
         if isinstance(value, bool) or not isinstance(value, int):
-            return TypeError(f"{name} must be an integer, got {value!r}")
+            raise TypeError(f"{name} must be an integer, got {value!r}")
     if not 0 < n < m <= LARGEST_GROUP:
-        return ValueError(
-            f"n={n}, m={m}: a pattern keeps n of m neighbours with 0 < n < m <= {LARGEST_GROUP}"
-        )
-    return None
+        raise ValueError(f"n={n}, m={m}: a pattern keeps n of m neighbours with 0 < n < m <= {LARGEST_GROUP}")
+
+
+def input_dim(param: Tensor) -> int:
+    """The dimension of a layer's inputs: the second of convolutions, else the last."""
+    return 1 if param.ndim > 3 else param.ndim - 1
 
 
 def check_steps(name: str, value: Any, least: int = 1) -> None:
@@ -75,9 +82,7 @@ class Sparsity(ABC):
     """Whether pruned weights live on in the optimizer while the model sees what remains of them."""
 
     def __post_init__(self) -> None:
-        error = pattern_error(self.n, self.m)
-        if error is not None:
-            raise error
+        check_pattern(self.n, self.m)
         check_apply_to(self.apply_to)
         dim: Any = self.dim
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
@@ -102,10 +107,6 @@ class Sparsity(ABC):
     def row(self, t: Any) -> tuple[Any, ...]:
         """The scalars of the ``t``-th step, see ``kernels/masking.py``."""
         return *self.pruned(t), self.kept(t) * self.refreshes(t)
-
-    def progress(self, t: Any) -> Any:
-        """How far the training is, for rules that ask."""
-        raise NotImplementedError
 
     def group(self, t: float) -> int:
         """Size of the groups when ``t`` steps are done."""
@@ -161,7 +162,7 @@ class Sparsity(ABC):
 
     def _dims(self, param: Tensor) -> Sequence[int]:
         """Those along which groups lie."""
-        return [self.dim if self.dim is not None else 1 if param.ndim > 3 else param.ndim - 1]
+        return [input_dim(param) if self.dim is None else self.dim]
 
     def _finder(self, param: Tensor, t: float) -> Finder:
         (dim,) = self._dims(param)

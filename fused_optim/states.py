@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.layout import flat
-from .kernels.reference.codecs import CODECS as REFERENCE
-from .kernels.reference.philox import Stream
+from .kernels.planes import read, write
 from .kernels.spec import Codec, Plane, Rule
 from .storage import complete_state, empty_plane, local_view, plane_shape, value_codec
-
-_NO_STREAM = Stream(0, 0, 0, 0)
 
 
 def decode(
@@ -30,26 +27,22 @@ def decode(
         codec: how it is stored.
         order: a tensor whose strides say in which order the planes run; the parameter by default.
     """
-    home = local_view(param)
-    order = home if order is None else order
-    planes = [flat(local_view(state[key + plane.suffix]), order).flatten() for plane in codec.planes]
-    values = REFERENCE[codec.name].decode(planes)[: home.numel()]
+    planes = [local_view(state[key + plane.suffix]) for plane in codec.planes]
     out = empty_plane(param, value_codec(param).planes[0])
-    target = flat(local_view(out), order)
-    target.copy_(values.view(target.shape))
+    read(codec, planes, local_view(param) if order is None else order, local_view(out))
     return out
 
 
 def encode(param: Tensor, value: Tensor, key: str, codec: Codec) -> dict[str, Tensor]:
     """A state's planes for values of any float dtype and strides; nothing is aliased."""
-    home = local_view(param)
     dense = empty_plane(param, value_codec(param).planes[0]).copy_(value)
-    encoded = REFERENCE[codec.name].encode(flat(local_view(dense), home).flatten(), _NO_STREAM)
-    state: dict[str, Tensor] = {}
-    for plane, values in zip(codec.planes, encoded, strict=True):
-        state[key + plane.suffix] = empty_plane(param, plane)
-        target = flat(local_view(state[key + plane.suffix]), home)
-        target.copy_(values.view(target.shape))
+    return encode_local(param, local_view(dense), key, codec)
+
+
+def encode_local(param: Tensor, values: Tensor, key: str, codec: Codec) -> dict[str, Tensor]:
+    """The same for the values of what this rank holds of a parameter."""
+    state = {key + plane.suffix: empty_plane(param, plane) for plane in codec.planes}
+    write(codec, [local_view(plane) for plane in state.values()], values, local_view(param))
     return state
 
 
@@ -137,12 +130,6 @@ def _sources(entry: Mapping[str, Any], param: Tensor, rule: Rule, saved: Stored 
     ]
 
 
-def _present(entry: Mapping[str, Any], rule: Rule, codecs: Sequence[Codec]) -> tuple[Codec, ...]:
-    """Those of slots that every checkpoint has, and of masks and dense weights if this one has them."""
-    pairs = zip(rule.slots, codecs, strict=True)
-    return tuple(codec for slot, codec in pairs if slot.codec is None or slot.name in entry)
-
-
 def load(
     name: str,
     entry: Mapping[str, Any],
@@ -166,11 +153,11 @@ def load(
     Raises:
         ValueError: another optimizer's keys, another model's shapes, damaged planes.
     """
-    if saved is not None:
-        saved = saved._replace(states=_present(entry, rule, saved.states))
-    now = now._replace(states=_present(entry, rule, now.states))
-    kept = tuple(slot for slot in rule.slots if slot.codec is None or slot.name in entry)
-    rule = replace(rule, slots=kept)
+    # Masks and dense weights come with the first step of an optimizer that finds none.
+    present = [slot.codec is None or slot.name in entry for slot in rule.slots]
+    rule = replace(rule, slots=tuple(compress(rule.slots, present)))
+    now = now._replace(states=tuple(compress(now.states, present)))
+    saved = saved and saved._replace(states=tuple(compress(saved.states, present)))
     sources = _sources(entry, param, rule, saved)
     param_planes = () if saved is None else saved.param.planes[1:]
     param_keys = {"param" + plane.suffix for plane in param_planes}

@@ -160,7 +160,8 @@ def codecs(
         ValueError: an option does not fit the parameter.
     """
     weights = param_codec(name, param, group)
-    states = state_codecs(name, own_name, param, group, rule, weights)
+    kept = value_codec(param) if group["param_codec"] == "auto" else weights
+    states = state_codecs(name, own_name, param, group, rule, kept)
     return plain_codec(param) if keeps_dense(rule) else weights, states
 
 
@@ -196,8 +197,7 @@ def state_codecs(
     chosen: list[Codec] = []
     for slot in rule.slots:
         if slot.codec is not None:
-            kept = weights if group["param_codec"] != "auto" else default
-            chosen.append(kept if slot.codec == "weights" else CODECS[slot.codec])
+            chosen.append(weights if slot.codec == "weights" else CODECS[slot.codec])
             continue
         codec = wanted[slot.name]
         if codec not in ("auto", default.name) and (param.is_complex() or "fp64" in (codec, default.name)):

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .layout import flat, follows, memory_order, walked
-from .native import cpu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _module(w: Tensor) -> Any:
     """What has compiled functions for tensors like this one."""
-    if w.dtype not in _DTYPES or not w.numel() or not follows(w, w):
-        return None
-    if w.device.type == "cpu":
-        return cpu if cpu.unavailable() is None else None
-    driver = importlib.import_module(".triton.driver", __package__)
-    if driver.unavailable(w.device.type) is not None:
-        return None
-    return importlib.import_module(".triton.masks", __package__)
+    fits = w.dtype in _DTYPES and w.numel() and follows(w, w)
+    return dispatch.mask_functions(w.device.type) if fits else None
 
 
 def of_groups(w: Tensor, size: int, kept: int, dim: int) -> Tensor | None:
     """Which weights are among the ``kept`` largest of their group along a dimension; None if nothing fits."""
     module = _module(w) if walked(w)[-1:] == [dim] else None
-    if module is None or (module is not cpu and size & (size - 1)):
+    if module is None or size not in module.GROUPS:
         return None
     return unpack(module.nm_mask(flat(w, w).detach().reshape(-1), size, kept), w)
 

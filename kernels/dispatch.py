@@ -22,6 +22,7 @@ _MODULES = {
     "triton": ".triton.driver",
     "cuda": ".native.cuda",
 }
+_MASKS = {"native": ".native.cpu", "triton": ".triton.masks"}
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton", "cuda")}
 _log = logging.getLogger("fused_optim")
 
@@ -101,6 +102,14 @@ def choose(device_type: str, codecs: tuple[Codec, ...], backend: str) -> Driver:
         usable = [name for name in _MODULES if _unusable(name, device_type, codecs) is None]
         raise ValueError(f"backend={backend!r} cannot run here: {reason}. Backends usable here: {usable}")
     return _driver(backend)
+
+
+def mask_functions(device_type: str) -> Any:
+    """The module whose functions find masks of whole tensors on a kind of device; None if none can run."""
+    for name in _PREFERENCE.get(device_type, ()):
+        if name in _MASKS and _unavailable(name, device_type) is None:
+            return importlib.import_module(_MASKS[name], __package__)
+    return None
 
 
 def choose_exact(device_type: str, arithmetic: str, rule: Rule, codecs: tuple[Codec, ...]) -> bool:

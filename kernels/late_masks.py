@@ -16,13 +16,9 @@ from .bucket import Bucket, Member
 from .control import Control
 from .finders import Finder
 from .launch import Key, Operands
-from .layout import flat
 from .masking import keeps_dense
-from .reference.codecs import CODECS
-from .reference.philox import Stream
+from .planes import read, write
 from .spec import Codec, Hyper
-
-_NO_STREAM = Stream(0, 0, 0, 0)
 
 Late = tuple[Any, Any]
 """What factor of pruned weights remains, and how many of a group are kept (0: the masks stay)."""
@@ -36,24 +32,6 @@ def split_row(values: Sequence[Any]) -> tuple[tuple[Any, ...], Late]:
     return (*own, whole, 0.0), (scale, kept)
 
 
-def values_of(codec: Codec, planes: Sequence[Tensor], like: Tensor) -> Tensor:
-    """What planes in the memory order of ``like`` hold, as a tensor of its shape."""
-    x = CODECS[codec.name].decode([flat(plane, like).flatten() for plane in planes])[: like.numel()]
-    out = torch.empty_like(like, dtype=x.dtype, memory_format=torch.preserve_format)
-    target = flat(out, like)
-    target.copy_(x.view(target.shape))
-    return out
-
-
-def put(codec: Codec, planes: Sequence[Tensor], values: Tensor, like: Tensor, active: Any = None) -> None:
-    """Encodes values of the shape of ``like`` into planes, where ``active`` says so."""
-    encoded = CODECS[codec.name].encode(flat(values, like).flatten(), _NO_STREAM)
-    for plane, new in zip(planes, encoded, strict=True):
-        target = flat(plane, like)
-        new = new.view(target.shape)
-        target.copy_(torch.where(active, new, target) if isinstance(active, Tensor) else new)
-
-
 class MaskedWeights:
     """One parameter's weights, mask, and what the model sees of them."""
 
@@ -64,42 +42,51 @@ class MaskedWeights:
         self._mask = homes["mask"]
         self._weights = homes["dense"] if keeps_dense(key.rule) else self._shown
 
-    def values(self) -> Tensor:
+    def _read(self, home: tuple[Codec, Sequence[Tensor]], out: Tensor | None = None) -> Tensor:
+        codec, planes = home
+        if out is None:
+            out = torch.empty_like(self._like, dtype=torch.float32, memory_format=torch.preserve_format)
+        return read(codec, planes, self._like, out)
+
+    def values(self, out: Tensor | None = None) -> Tensor:
         """The weights in fp32."""
-        return values_of(*self._weights, self._like)
+        return self._read(self._weights, out)
 
     def mask(self) -> Tensor:
-        """Ones and zeros."""
-        return values_of(*self._mask, self._like)
+        """Which weights are kept, as bools."""
+        return self._read(self._mask) != 0
+
+    def find(self, finder: Finder, kept: Any, active: Any = None) -> tuple[Tensor, Tensor]:
+        """Finds the mask anew; returns the weights and which are kept."""
+        p = self.values()
+        keep = finder.find(p, kept)
+        if isinstance(kept, Tensor):
+            keep = torch.where(kept > 0, keep, self.mask())
+        write(*self._mask, keep.float(), self._like, active)
+        return p, keep
 
     def renew(self, finder: Finder, late: Late, active: Any = None) -> None:
         """Finds the mask and shows what it leaves; ``late`` may be on the device."""
         scale, kept = late
-        p = self.values()
-        keep = finder.find(p, kept)
-        if isinstance(kept, Tensor):
-            keep = torch.where(kept > 0, keep, self.mask() != 0)
-        put(*self._mask, keep.float(), self._like, active)
-        self._show(p, keep, scale, active)
+        self._show(*self.find(finder, kept, active), scale, active)
 
     def show(self, scale: Any) -> None:
         """What the mask leaves of the weights is the parameter."""
-        self._show(self.values(), self.mask() != 0, scale, None)
+        self._show(self.values(), self.mask(), scale, None)
 
     def _show(self, p: Tensor, keep: Tensor, scale: Any, active: Any) -> None:
         if isinstance(scale, Tensor):
             shrunk = torch.where(scale != 0, scale * p, 0.0)
         else:
             shrunk = scale * p if scale else 0.0
-        put(*self._shown, torch.where(keep, p, shrunk), self._like, active)
+        write(*self._shown, torch.where(keep, p, shrunk), self._like, active)
 
 
 class LateMasks:
     """The masks of a bucket's members, found after a launch."""
 
-    def __init__(self, members: Sequence[Member], finder: Finder) -> None:
-        self._finder = finder
-        self._weights = [MaskedWeights(member.key, member.operands()) for member in members]
+    def __init__(self, weights: Sequence[MaskedWeights], finder: Finder) -> None:
+        self._weights, self._finder = weights, finder
         self._rows: list[Late] = []
 
     def forget(self) -> None:
@@ -125,7 +112,8 @@ class MaskedBucket(Bucket):
     def __init__(self, key: Key, members: list[Member], strided: bool, steps_on_device: bool) -> None:
         super().__init__(key, members, strided, steps_on_device)
         assert key.finder is not None
-        self._late = LateMasks(members, key.finder)
+        weights = [MaskedWeights(key, member.operands()) for member in members]
+        self._late = LateMasks(weights, key.finder)
 
     def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
         """The row of the launch."""

@@ -7,6 +7,7 @@ are a state as well (``dense``), and the parameter is what remains of them, for 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 from .spec import Hyper, Rule, Slot
@@ -23,6 +24,17 @@ place in the next mask; 0 leaves the mask as it is.
 """
 
 MASK, DENSE = Slot("mask", codec="mask"), Slot("dense", codec="weights")
+
+
+@cache
+def block_ways() -> tuple[int, ...]:
+    """The 90 masks of a 4x4 block with two weights in every row and column, ascending.
+
+    Bit ``i`` of a mask stands for place ``i``, row by row.
+    """
+    pairs = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
+    every = (sum(row << 4 * i for i, row in enumerate(rows)) for rows in product(pairs, repeat=4))
+    return tuple(sorted(n for n in every if all((n >> c & 0x1111).bit_count() == 2 for c in range(4))))
 
 
 @cache

@@ -19,10 +19,11 @@ from . import rows as row_tools
 from .bucket import Bucket, Member
 from .codecs import BLANK, CODECS
 from .control import Control
-from .late_masks import LateMasks, MaskedWeights, values_of
+from .late_masks import LateMasks, MaskedWeights
 from .launch import Key, Launch, Operands
 from .layout import layout_of, walked
 from .masking import keeps_dense, masked
+from .planes import read
 from .rules import RULES
 from .spec import Hyper, Per, Rule
 
@@ -131,7 +132,7 @@ class MatrixBucket(Bucket):
             launch.set_gradients(updates)
         self._shared = [_adopt(members, name) for name, _ in self.whole_rule.shared]
         self._masked = [MaskedWeights(whole, operands) for operands in own if whole.rule.inner is not None]
-        self._late = None if whole.finder is None else LateMasks(members, whole.finder)
+        self._late = None if whole.finder is None else LateMasks(self._masked, whole.finder)
 
     def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:
         """For each launch ``g_scale`` and the rule's scalars."""
@@ -152,8 +153,12 @@ class MatrixBucket(Bucket):
         """What decoupled weight decay takes from a parameter."""
         if hyper.get("decoupled_weight_decay", False):
             return hyper["lr"] * hyper["weight_decay"]
+        return self._scalar("decay", hyper, step)
+
+    def _scalar(self, name: str, hyper: Hyper, step: Any) -> Any:
+        """One of the rule's scalars, zero if it has none of that name."""
         rule = self.whole_rule
-        return dict(zip(rule.scalars, rule.row(hyper, step), strict=True)).get("decay", 0.0)
+        return dict(zip(rule.scalars, rule.row(hyper, step), strict=True)).get(name, 0.0)
 
     def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
         """Computes the scalars of the coming step, also those of the transformations."""
@@ -170,9 +175,7 @@ class MatrixBucket(Bucket):
         values = []
         for group, step, _ in sources:
             hyper = row_tools.resolve(groups[group], self.device if self.steps_on_device else None)
-            l2 = dict(zip(self.whole_rule.scalars, self.whole_rule.row(hyper, step), strict=True)).get(
-                "l2", 0.0
-            )
+            l2 = self._scalar("l2", hyper, step) if self._adjusts else 0.0
             masks = hyper["sparsity"].row(step)[:2] if self._masked else (1.0, 0.0)
             values.append((l2, *masks, *self.cut.scalars(hyper, step, self._decay(hyper, step))))
         lengths = [length for *_, length in sources]
@@ -219,9 +222,9 @@ class MatrixBucket(Bucket):
         values = torch.empty_like(self._batch)
         for index, (planes, out) in enumerate(zip(self.own_planes, values, strict=True)):
             if self._masked:
-                out.copy_(self._masked[index].values())
+                self._masked[index].values(out)
             else:
-                out.copy_(values_of(self.members[0].key.param, planes, planes[0]))
+                read(self.members[0].key.param, planes, planes[0], out)
         return values
 
     def _adjust_gradients(self, *strengths: Any) -> None:
@@ -230,7 +233,7 @@ class MatrixBucket(Bucket):
         l2, pruned_grad, pruned_decay = (s.view(shape) if isinstance(s, Tensor) else s for s in strengths)
         values = self._values()
         if self._masked:
-            keep = torch.stack([weights.mask() for weights in self._masked]) != 0
+            keep = torch.stack([weights.mask() for weights in self._masked])
             # Recipes have gradients of pruned weights count, or not at all.
             pruned = self._batch * pruned_grad + pruned_decay * values
             self._batch.copy_(torch.where(keep, self._batch, pruned))

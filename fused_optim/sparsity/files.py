@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .masks import check_mask, check_pattern, nm_mask
+from ..recipe import check_pattern
+from .masks import check_mask, nm_mask
 from .pruning import weights
 
 FORMAT = "fused_optim.nm"

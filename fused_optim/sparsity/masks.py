@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.compiled_masks import unpack
 from ..kernels.finders import Blocks, Groups
 from ..kernels.layout import memory_order
-from ..recipe import pattern_error
+from ..recipe import check_pattern
 
 
 def nm_mask(w: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
@@ -207,18 +207,6 @@ def group_counts(w: Tensor, m: int, dim: int) -> Tensor:
     """How many weights of each group are not zero; the dimension is shorter by the factor ``m``."""
     groups = (w.detach() != 0).view(torch.uint8).unflatten(dim, (-1, m))
     return groups.movedim(dim % w.ndim + 1, 0).sum(0, dtype=torch.uint8)
-
-
-def check_pattern(n: Any, m: Any) -> None:
-    """Checks a pattern that keeps ``n`` of ``m``.
-
-    Raises:
-        ValueError: it keeps none or all, or its groups are too large.
-        TypeError: not integers.
-    """
-    error = pattern_error(n, m)
-    if error is not None:
-        raise error
 
 
 def check_groups(w: Any, n: Any, m: Any, dim: Any) -> None:

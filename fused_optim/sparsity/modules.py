@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .masks import check_groups, check_pattern, nm_mask
+from ..recipe import check_pattern
+from .masks import check_groups, nm_mask
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..cuts import ApplyTo, applies, check_apply_to, is_hidden_matrix
-from .masks import check_groups, check_mask, check_pattern, group_counts, nm_mask
+from ..recipe import check_pattern, input_dim
+from .masks import check_groups, check_mask, group_counts, nm_mask
 
 
 class Weight(NamedTuple):
@@ -19,11 +20,6 @@ class Weight(NamedTuple):
     name: str
     param: Tensor
     dim: int
-
-
-def group_dim(param: Tensor) -> int:
-    """The dimension of a layer's inputs: the second of convolutions, else the last."""
-    return 1 if param.ndim > 3 else param.ndim - 1
 
 
 def weights(model: nn.Module, m: int, dim: int | None, apply_to: ApplyTo | None) -> Iterator[Weight]:
@@ -36,7 +32,7 @@ def weights(model: nn.Module, m: int, dim: int | None, apply_to: ApplyTo | None)
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
     for param, known in names.items():
-        along = group_dim(param) if dim is None else dim
+        along = input_dim(param) if dim is None else dim
         if apply_to is None:
             # A head that is tied to an embedding is an embedding.
             meant = param.is_floating_point() and all(is_hidden_matrix(name, param) for name in known)

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import masking
-from ..kernels.late_masks import MaskedWeights
-from ..kernels.launch import Key, Operands
-from ..kernels.layout import layout_of
+from ..kernels.launch import Key
 from ..optimizer import FusedOptimizer
-from ..storage import local_view
 
 
 class Place(NamedTuple):
@@ -30,16 +27,6 @@ def _masked(optimizer: FusedOptimizer) -> Iterator[tuple[int, int, Tensor, Key]]
         key = optimizer._key(group, position, param)
         if key.rule.inner is not None:
             yield group, position, param, key
-
-
-def _weights(optimizer: FusedOptimizer, param: Tensor, key: Key) -> MaskedWeights:
-    state, home = optimizer.state[param], local_view(param)
-    of_param = [home, *(local_view(state["param" + plane.suffix]) for plane in key.param.planes[1:])]
-    of_states = [
-        [local_view(state[slot.name + plane.suffix]) for plane in codec.planes]
-        for slot, codec in zip(key.rule.slots, key.states, strict=True)
-    ]
-    return MaskedWeights(key, Operands(of_param, of_states, layout_of(home, home), 0))
 
 
 @torch.no_grad()
@@ -64,19 +51,13 @@ def apply_masks(optimizer: FusedOptimizer) -> None:
     """
     for group, position, param, key in list(_masked(optimizer)):
         masking.complete(optimizer, group, position, key)
-        show(optimizer, group, param, key)
-
-
-def show(optimizer: FusedOptimizer, group: int, param: Tensor, key: Key) -> None:
-    """What the mask that a parameter has leaves of the weights as they are now is the parameter."""
-    t = float(optimizer.state[param]["step"])
-    _weights(optimizer, param, key).show(optimizer.param_groups[group]["sparsity"].pruned(t)[2])
+        masking.show(optimizer, group, param, key)
 
 
 def masks_of(optimizer: FusedOptimizer) -> dict[str, Tensor]:
     """The mask of every masked parameter that has taken a step, as a bool tensor of what this rank holds."""
     return {
-        optimizer._name(group, position): _weights(optimizer, param, key).mask() != 0
+        optimizer._name(group, position): masking.weights_of(optimizer, param, key).mask()
         for group, position, param, key in _masked(optimizer)
         if "mask" in optimizer.state.get(param, {})
     }

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..launch import Launch
 
 
+GROUPS = range(2, 33)
+"""Sizes of groups that ``nm_mask`` takes."""
+
+
 class _Cpu:
     """The opened library and the instruction set in use."""
 

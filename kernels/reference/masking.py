@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
+from ..masking import block_ways
 from ..spec import Rule
 from .rules import RULES, ReferenceRule, States
 
@@ -34,16 +34,8 @@ def largest_of_groups(x: Tensor, group: int, kept: Tensor | int) -> Tensor:
 
 @cache
 def block_patterns() -> Tensor:
-    """The 90 ways to keep two of four in every row and column: ``[90, 8]`` places in a block.
-
-    In ascending order of the numbers whose bit ``i`` stands for place ``i``.
-    """
-    pairs = [0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100]
-    found = []
-    for rows in product(pairs, repeat=4):
-        if all(sum(row >> column & 1 for row in rows) == 2 for column in range(4)):
-            found.append(sum(row << 4 * i for i, row in enumerate(rows)))
-    return torch.tensor([[place for place in range(16) if bits >> place & 1] for bits in sorted(found)])
+    """``[90, 8]``: the places that each of the 90 ways keeps of a block."""
+    return torch.tensor([[place for place in range(16) if way >> place & 1] for way in block_ways()])
 
 
 def best_of_blocks(w: Tensor) -> Tensor:

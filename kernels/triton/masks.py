@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codecs import OF_DTYPE
+from ..masking import block_ways
 from . import codecs
 from .arithmetic import bits_of, float_of
 from .masking import largest_of_groups, mask_encode, split
@@ -19,19 +19,11 @@ from .tile import offsets
 
 INFINITY = tl.constexpr(0x7F800000)
 WARPS = 4
+GROUPS = (2, 4, 8, 16, 32)
+"""Sizes of groups that ``nm_mask`` takes."""
 
 
-def _ways() -> list[int]:
-    """The 90 masks of a 4x4 block that keep two of each row and column, its first weight the lowest bit."""
-    pairs = (0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100)
-    return sorted(
-        sum(row << 4 * i for i, row in enumerate(rows))
-        for rows in product(pairs, repeat=4)
-        if all(sum(row >> column & 1 for row in rows) == 2 for column in range(4))
-    )
-
-
-WAYS = tl.constexpr(tuple(_ways()))
+WAYS = tl.constexpr(block_ways())
 
 
 @triton.jit
@@ -114,7 +106,7 @@ def nm_mask(x: Tensor, group: int, kept: int) -> Tensor:
 
     Groups may have up to 32 members, a power of two; the last one may have fewer.
     """
-    assert group in (2, 4, 8, 16, 32), group
+    assert group in GROUPS, group
     out = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
     vector = 16 // x.itemsize if x.data_ptr() % 16 == 0 else 1
     if x.numel():

@@ -92,7 +92,9 @@ struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
     return product(product(q, q), F(1.0f / 65025.0f));
   }
   static FO_INLINE U code(F n, const char*) {
-    return code_above_zero(n, round_to_integer(product(F(255.0f), small_root(not_negative(n)))));
+    // What is above zero has at least the code 1, because a second moment divides: that of 1 / 65025.
+    F size = larger(n, F(1.0f / 65025.0f));
+    return where_above_zero(n, round_to_integer(product(F(255.0f), small_root(size))));
   }
 };
 
@@ -130,7 +132,9 @@ struct int4_unsigned : BlocksOf<128, 4, 32> {
     return product(product(square, square), F(1.0f / 65536.0f));
   }
   static FO_INLINE U code(F n, const char*) {
-    return at_least(round_to_integer(product(F(16.0f), small_root(small_root(not_negative(n))))), U(1u)) - 1u;
+    // That of 1 / 65536 is the lowest code.
+    F size = larger(n, F(1.0f / 65536.0f));
+    return round_to_integer(product(F(16.0f), small_root(small_root(size)))) - 1u;
   }
 };
 

@@ -101,12 +101,20 @@ float scale_at(const char* scales, int block) {
 
 template <class Codec>
 void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
+  const char* const codes = slot.planes[0];
+  const char* const lookup = slot.lookup;
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
     F scale(scale_at<Codec>(slot.planes[1], block));
-    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
-      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
-    });
+    auto decode = [&](const char* from, int at, int i) FO_LAMBDA {
+      store(values + i, c.value(get_codes<c.bits(0)>(from, at), lookup) * scale);
+    };
+    if (end - begin == c.block) {
+      _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += LANES) decode(codes, begin + k, begin + k);
+    } else {
+      each_vector(slot, begin, end, false,
+                  [&](const Slot& from, int at, int i) FO_LAMBDA { decode(from.planes[0], at, i); });
+    }
   }
 }
 
@@ -117,10 +125,15 @@ void find_tops(const float* values, int count, uint32_t* top, uint32_t* positive
     int end = begin + Codec::block < count ? begin + Codec::block : count;
     // The zeros behind the last element are positive.
     U most(0u), most_positive(end - begin < Codec::block ? 0u : 0x80000000u);
-    for (int i = begin; i < end; i += LANES) {
+    auto look = [&](int i) FO_LAMBDA {
       F x = load<float>(values + i);
       most = at_least(most, magnitude(x));
       if (Codec::signed_scale) most_positive = at_least(most_positive, as_bits(x));
+    };
+    if (end - begin == Codec::block) {
+      _Pragma("GCC unroll 4") for (int k = 0; k < Codec::block; k += LANES) look(begin + k);
+    } else {
+      for (int i = begin; i < end; i += LANES) look(i);
     }
     *top++ = largest(most);
     if (Codec::signed_scale) *positive++ = largest(most_positive);
@@ -155,11 +168,15 @@ void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ah
     auto encode = [&](char* to, int at, int i) FO_LAMBDA {
       put_codes<c.bits(0)>(to, at, c.code(load<float>(values + i) * times, lookup));
     };
-    int full = end - (end - begin) % LANES;
-    for (int i = begin; i < full; i += LANES) {
-      ahead.fetch(i);
-      encode(codes, i, i);
+    if (end - begin == c.block) {
+      _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += LANES) {
+        ahead.fetch(begin + k);
+        encode(codes, begin + k, begin + k);
+      }
+      continue;
     }
+    int full = end - (end - begin) % LANES;
+    for (int i = begin; i < full; i += LANES) encode(codes, i, i);
     if (full < end) {
       alignas(64) char rest[LANES];
       encode(rest, 0, full);

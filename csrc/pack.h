@@ -23,6 +23,8 @@ using Mask = bool;
 
 FO_INLINE F select(bool mask, F yes, F no) { return mask ? yes : no; }
 FO_INLINE U select(bool mask, U yes, U no) { return mask ? yes : no; }
+FO_INLINE F larger(F a, F b) { return a > b ? a : b; }
+FO_INLINE U where_above_zero(F x, U yes) { return x > 0 ? yes : 0; }
 FO_INLINE U as_bits(F x) { return __float_as_uint(x); }
 FO_INLINE F as_float(U x) { return __uint_as_float(x); }
 FO_INLINE U widen(H x) { return x; }
@@ -59,7 +61,6 @@ FO_INLINE F small_quotient(F a, F b) {
   return __fmaf_rn(inverse, __fmaf_rn(-b, q, a), q);
 }
 FO_INLINE F small_root(F x) {
-  x = fmaxf(x, 0x1p-100f);
   F rough = rough_reciprocal_root(x), root = product(x, rough);
   return __fmaf_rn(__fmaf_rn(-root, root, x), product(rough, 0.5f), root);
 }
@@ -175,6 +176,25 @@ FO_INLINE U select(Mask mask, U yes, U no) {
   FO_EACH_PART yes.part[i] = mask.part[i] ? yes.part[i] : no.part[i];
   return yes;
 }
+// b for a NaN in a.
+FO_INLINE F larger(F a, F b) {
+#if defined(__AVX512F__)
+  a.part[0] = _mm512_maskz_max_ps(ALL, a.part[0], b.part[0]);
+#else
+  FO_EACH_PART a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+#endif
+  return a;
+}
+FO_INLINE U where_above_zero(F x, U yes) {
+#if defined(__AVX512F__)
+  __mmask16 mask = _mm512_cmp_ps_mask(x.part[0], _mm512_setzero_ps(), _CMP_GT_OQ);
+  yes.part[0] =
+      reinterpret_cast<U::Part>(_mm512_maskz_mov_epi32(mask, reinterpret_cast<__m512i>(yes.part[0])));
+#else
+  FO_EACH_PART yes.part[i] &= reinterpret_cast<U::Part>(x.part[i] > F::Part{});
+#endif
+  return yes;
+}
 FO_INLINE U as_bits(F x) {
   U r;
   FO_EACH_PART r.part[i] = reinterpret_cast<U::Part>(x.part[i]);
@@ -253,7 +273,7 @@ FO_INLINE F small_quotient(F a, F b) {
   return a;
 }
 FO_INLINE F small_root(F x) {
-  const __m512 y = _mm512_maskz_max_ps(ALL, x.part[0], _mm512_set1_ps(0x1p-100f));
+  const __m512 y = x.part[0];
   const __m512 half = _mm512_set1_ps(0.5f), rough = _mm512_maskz_rsqrt14_ps(ALL, y);
   const __m512 first = _mm512_mul_ps(y, rough), half_rough = _mm512_mul_ps(rough, half);
   const __m512 error = _mm512_fnmadd_ps(half_rough, first, half);
@@ -269,9 +289,9 @@ FO_INLINE F small_root(F x) { return sqrt(x); }
 
 // Not AVX-512's own conversion: that one takes denormals for zero.
 FO_INLINE H float_to_bfloat(F x) {
-  U bits = as_bits(x), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  // Rounding could carry a NaN's payload into infinity; setting the quiet bit keeps it a NaN.
-  return high_half(select(x != x, bits | 0x400000u, rounded));
+  U bits = as_bits(x), nearest = U(0x7fffu) + ((bits >> 16) & 1u);
+  // Of a NaN, which is quiet, rounding could make an infinity.
+  return high_half(bits + select(x != x, U(0u), nearest));
 }
 
 #if defined(__AVX512F__)

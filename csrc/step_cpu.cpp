@@ -9,6 +9,9 @@ using namespace fo;
 // The core itself fetches what comes next, but never from beyond a page.
 constexpr int64_t PAGE = 4096;
 
+// Vectors that share the switches of their codecs: as many as there are registers for.
+constexpr int AT_ONCE = PARTS == 1 ? 2 : 1;
+
 // A slot of a plain codec, known at run time only: one switch per vector, and values stay in registers.
 struct Plain : Slot {
   FO_INLINE F load(int64_t i) const {
@@ -19,6 +22,22 @@ struct Plain : Slot {
     return with_plain(codec, [&](auto c) FO_LAMBDA {
       __builtin_prefetch(planes[0] + i * c.bits(0) / 8 + bytes_ahead);
       return c.decode(Lanes{planes, i});
+    });
+  }
+  // COUNT vectors with one switch.
+  template <int COUNT>
+  FO_INLINE void load(int64_t i, int64_t bytes_ahead, F (&x)[COUNT]) const {
+    with_plain(codec, [&](auto c) FO_LAMBDA {
+      FO_UNROLL for (int k = 0; k < COUNT; ++k) {
+        __builtin_prefetch(planes[0] + (i + k * LANES) * c.bits(0) / 8 + bytes_ahead);
+        x[k] = c.decode(Lanes{planes, i + k * LANES});
+      }
+    });
+  }
+  template <int COUNT>
+  FO_INLINE void store(int64_t i, const F (&x)[COUNT]) const {
+    with_plain(codec, [&](auto c) FO_LAMBDA {
+      FO_UNROLL for (int k = 0; k < COUNT; ++k) c.encode(x[k], Lanes{planes, i + k * LANES});
     });
   }
   FO_INLINE void store(int64_t i, F x) const {
@@ -68,15 +87,24 @@ struct Slots {
   FO_INLINE void update_dense(const Task<Rule>& task, int64_t begin, int64_t end, int64_t ahead) const {
     const Rule rule = task.rule;
     const F g_scale = task.g_scale;
-    for (int64_t i = begin; i < end; i += LANES) {
-      F p = param.load(i, ahead), g = grad.load(i, ahead) * g_scale, s[Rule::slots + 1];
-      FO_EACH_SLOT s[slot] = states[slot].load(i, ahead);
-      rule(p, g, s);
-      param.store(i, p);
-      FO_EACH_SLOT states[slot].store(i, s[slot]);
-    }
+    int64_t i = begin;
+    for (; i + AT_ONCE * LANES <= end; i += AT_ONCE * LANES) update_some<AT_ONCE>(rule, g_scale, i, ahead);
+    for (; i < end; i += LANES) update_some<1>(rule, g_scale, i, ahead);
   }
-
+  template <int COUNT>
+  FO_INLINE void update_some(const Rule& rule, F g_scale, int64_t i, int64_t ahead) const {
+    F p[COUNT], g[COUNT], s[Rule::slots + 1][COUNT];
+    param.load(i, ahead, p), grad.load(i, ahead, g);
+    FO_EACH_SLOT states[slot].load(i, ahead, s[slot]);
+    FO_UNROLL for (int k = 0; k < COUNT; ++k) {
+      F own[Rule::slots + 1];
+      FO_EACH_SLOT own[slot] = s[slot][k];
+      rule(p[k], g[k] * g_scale, own);
+      FO_EACH_SLOT s[slot][k] = own[slot];
+    }
+    param.store(i, p);
+    FO_EACH_SLOT states[slot].store(i, s[slot]);
+  }
   // Updates PASS elements before it says which of them are kept: one loop would have a chain of operations so
   // long that a core finds no room for the next vectors. Not inlined: its copies were half of the library.
   __attribute__((noinline)) void update_masked(const Task<Rule>& task, int64_t begin, int64_t end,

@@ -2,6 +2,7 @@
 #include <omp.h>
 #include <pthread.h>
 
+#include <cfenv>
 #include <memory>
 
 #include "isa.h"
@@ -78,10 +79,16 @@ struct Shares {
   template <class Work>
   void run(Work work) const {
     if (threads <= 1) return work(0, units);
+    // All threads round as the caller does, who may flush denormals (torch.set_flush_denormal).
+    fenv_t callers;
+    fegetenv(&callers);
 #pragma omp parallel num_threads(threads)
     {
       int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+      fenv_t own;
+      fegetenv(&own), fesetenv(&callers);
       work(units * part / parts, units * (part + 1) / parts);
+      fesetenv(&own);
     }
   }
 };

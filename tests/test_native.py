@@ -165,6 +165,21 @@ def test_inactive_rows(isa: str) -> None:
     assert torch.equal(param, torch.arange(100.0))
 
 
+@pytest.mark.parametrize("flushes", [False, True], ids=["denormals_kept", "denormals_flushed"])
+def test_every_thread_treats_denormals_like_the_caller(flushes: bool) -> None:
+    torch.set_num_threads(3)
+    weight = torch.zeros(200_000, requires_grad=True)
+    optimizer = fused_optim.SGD([weight], lr=1.0, backend="native")
+    weight.grad = torch.full_like(weight, 1e-40)
+    if not torch.set_flush_denormal(flushes):
+        pytest.skip("this processor always keeps denormals")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert weight.ne(0).all() != flushes and weight.eq(0).all() == flushes
+
+
 @pytest.mark.parametrize("grad", cases.FLOATS, ids=lambda codec: codec.name)
 def test_square_sum(grad: Any) -> None:
     """The same bits on every instruction set and any number of threads."""

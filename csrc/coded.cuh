@@ -228,9 +228,9 @@ FO_INLINE void decode_block(const char* lookup, Words<EIGHT>& words, F* x) {
 FO_INLINE void decode_param(const Slot& slot, Words<EIGHT>& words, F* x) {
   with_elementwise(slot.codec, [&](auto c) { decode_each<decltype(c)>(words, x); });
 }
-FO_INLINE void encode_param(const Slot& slot, const Place& place, const Stream& stream, const F* x,
-                            Words<EIGHT>& words) {
-  with_elementwise(slot.codec, [&](auto c) { encode_each<decltype(c)>(place, stream, 0, x, words); });
+FO_INLINE void encode_param(const Slot& slot, const Place& place, const Stream& stream, uint32_t number,
+                            const F* x, Words<EIGHT>& words) {
+  with_elementwise(slot.codec, [&](auto c) { encode_each<decltype(c)>(place, stream, number, x, words); });
 }
 
 FO_INLINE void decode_state(const Slot& slot, Words<EIGHT>& words, F* x) {

@@ -1,7 +1,7 @@
 // A step on a GPU: one launch for all tensors of a bucket, one block per tile.
 //
 // Compiled twice: FO_EXACT=1 rounds every operation, FO_EXACT=0 may contract and approximate.
-#include "coded.cuh"
+#include "task.cuh"
 
 #define FO_API extern "C" __attribute__((visibility("default")))
 #if FO_EXACT
@@ -11,56 +11,6 @@
 #endif
 
 namespace {
-
-using namespace fo;
-
-struct Launch {
-  Table table;
-  const int2* tiles;
-  const int64_t* layouts;
-  const float* rows;
-  int64_t row_length;
-  // Of the parameter, the gradient and the states.
-  Storage storages[2 + most_states()];
-  // Whether a thread takes 8 neighbours: if they are one access in every plane, and where they share
-  // something.
-  bool neighbours;
-};
-
-template <class Rule>
-struct Slots {
-  Slot param, grad, states[Rule::slots + 1];
-
-  FO_INLINE Slots(const Launch& launch, int64_t tensor) {
-    param = take(launch.storages[0], launch.table, tensor);
-    grad = take(launch.storages[1], launch.table, tensor);
-#pragma unroll
-    for (int i = 0; i < Rule::slots; ++i) states[i] = take(launch.storages[2 + i], launch.table, tensor);
-  }
-};
-
-template <class Rule, int COUNT>
-struct Bits {
-  Words<COUNT> param, grad, states[Rule::slots + 1];
-};
-
-// What the bits become: parameter, gradient and states of COUNT elements.
-template <class Rule, int COUNT>
-struct Values {
-  F p[COUNT], g[COUNT], s[Rule::slots + 1][COUNT];
-
-  FO_INLINE void update(const Rule& rule, F g_scale) {
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e) {
-      F of_element[Rule::slots + 1];
-#pragma unroll
-      for (int i = 0; i < Rule::slots; ++i) of_element[i] = s[i][e];
-      rule(p[e], g[e] * g_scale, of_element);
-#pragma unroll
-      for (int i = 0; i < Rule::slots; ++i) s[i][e] = of_element[i];
-    }
-  }
-};
 
 template <class Rule, int COUNT>
 FO_INLINE void update(const Slots<Rule>& slots, const Rule& rule, F g_scale, Bits<Rule, COUNT>& bits) {
@@ -137,88 +87,80 @@ __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
   update_singles(launch, tensor, slots, rule, g_scale, start, end);
 }
 
-// What all threads of a block must know of their tensor. It stands in shared memory: registers are needed for
-// elements.
-template <class Rule>
-struct Task {
-  Slots<Rule> slots;
-  Rule rule;
-  F g_scale;
-  Stream stream;
-  int64_t start, end;
-  bool aligned;
-  Lie of_param, of_grad;
-
-  FO_INLINE Task(const Launch& launch, int2 tile, const float* row)
-      : slots(launch, tile.x),
-        rule(with_scalars<Rule>(row + SCALARS)),
-        g_scale(row[G_SCALE]),
-        stream{as_bits(row[SEED]), as_bits(row[STEP]),
-               static_cast<uint32_t>(launch.table.at(ORDINAL, tile.x))},
-        start(tile.y * static_cast<int64_t>(TILE)),
-        aligned(!launch.layouts && launch.table.at(ALIGNED, tile.x)),
-        of_param(),
-        of_grad() {
-    int64_t n = launch.table.at(NUMEL, tile.x);
-    end = start + TILE < n ? start + TILE : n;
-    if (!launch.layouts) return;
-    Layout strided{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
-    of_param = {strided.record, strided.param_strides()};
-    of_grad = {strided.record, strided.grad_strides()};
-  }
-
-  // A thread's elements in the round that begins at `first`.
-  FO_INLINE Place place(int64_t first, bool neighbours) const {
-    bool vectors = aligned && first + ROUND <= end;
-    neighbours = neighbours || !vectors;
-    first += threadIdx.x * (neighbours ? 8 : 4);
-    int64_t left = end - first;
-    int count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
-    return {first, neighbours ? 4 : 4 * THREADS, count, vectors};
-  }
-};
-
-template <class Rule>
-FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Place& place) {
+template <class Rule, class Computed, class Home>
+FO_INLINE void fetch(const Storage* storages, const Task<Rule, Computed>& task, const Home& weights,
+                     const Place& place, Values<Rule, EIGHT>& values) {
   const Slots<Rule>& slots = task.slots;
   Bits<Rule, EIGHT> bits;
-  move<FETCH>(storages[0], slots.param, place, task.of_param, bits.param);
+  move<FETCH>(weights.storage, weights.slot, place, weights.lie, bits.param);
   move<FETCH>(storages[1], slots.grad, place, task.of_grad, bits.grad);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i)
     move<FETCH>(storages[2 + i], slots.states[i], place, Lie{}, bits.states[i]);
-  Values<Rule, EIGHT> values;
-  decode_param(slots.param, bits.param, values.p);
+  decode_param(weights.slot, bits.param, values.p);
   decode(slots.grad.codec, bits.grad, values.g);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) decode_state(slots.states[i], bits.states[i], values.s[i]);
-  values.update(task.rule, task.g_scale);
+}
+
+template <class Rule, class Computed>
+FO_INLINE void put_states(const Storage* storages, const Task<Rule, Computed>& task, const Place& place,
+                          Values<Rule, EIGHT>& values) {
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i) {
     Words<EIGHT> words;
-    encode_state(storages[2 + i], slots.states[i], i, place, task.stream, values.s[i], words);
-    move<PUT>(storages[2 + i], slots.states[i], place, Lie{}, words);
+    encode_state(storages[2 + i], task.slots.states[i], i, place, task.stream, values.s[i], words);
+    move<PUT>(storages[2 + i], task.slots.states[i], place, Lie{}, words);
   }
-  // Last, when the division of indices has registers again.
-  Words<EIGHT> words;
-  encode_param(slots.param, place, task.stream, values.p, words);
-  move<PUT>(storages[0], slots.param, place, task.of_param, words);
 }
 
-// By the number of states. With one block more for one or two states ptxas keeps 16 to 64 bytes of registers
-// in memory on some architecture (nvcc 13.0, November 2026); three states take 128 registers already.
-constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
+template <class Home>
+FO_INLINE void put(const Home& weights, const Stream& stream, const Place& place, const F* p) {
+  Words<EIGHT> words;
+  encode_param(weights.slot, place, stream, weights.number, p, words);
+  move<PUT>(weights.storage, weights.slot, place, weights.lie, words);
+}
 
-// Tensors of any codecs. All threads of a block make every round, because they ask each other for maxima.
+// The weights are put last, when the division of indices has registers again.
 template <class Rule>
-__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
-    step_coded_kernel(const __grid_constant__ Launch launch) {
+FO_INLINE void update(const Storage* storages, const Task<Rule>& task, const Place& place) {
+  Home<const Storage&, const Slot&, const Lie&> weights{storages[0], task.slots.param, task.of_param, 0};
+  Values<Rule, EIGHT> values;
+  fetch(storages, task, weights, place, values);
+  values.update(task.rule, task.g_scale);
+  put_states(storages, task, place, values);
+  put(weights, task.stream, place, values.p);
+}
+
+template <class Rule>
+FO_INLINE void update(const Storage* storages, const MaskedTask<Rule>& task, const Place& place) {
+  uint32_t mask = fetch_mask(task.mask, place);
+  Values<Rule, EIGHT> values;
+  fetch(storages, task, task.weights[task.keeps_dense], place, values);
+  values.update(task.rule, task.g_scale, mask);
+  put_states(storages, task, place, values);
+  if (task.group) mask = largest_of_groups(values.p, place.count, task.group, task.kept);
+  put_mask(task.mask, place, mask);
+  // One piece of code for both: dense weights first, then what is shown of them.
+#pragma unroll 1
+  for (int left = task.keeps_dense; left >= 0; --left) {
+    if (left == 0) {
+#pragma unroll
+      for (int e = 0; e < EIGHT; ++e) values.p[e] = task.rule.shown(values.p[e], mask >> e & 1);
+    }
+    put(task.weights[left], task.stream, place, values.p);
+  }
+}
+
+// All threads of a block make every round, because they ask each other for maxima and for magnitudes.
+template <class Task>
+FO_INLINE void update_tile(const Launch& launch) {
   int2 tile = launch.tiles[blockIdx.x];
   const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
   if (row[ACTIVE] == 0) return;
-  alignas(Task<Rule>) __shared__ char memory[sizeof(Task<Rule>)];
-  auto& task = *reinterpret_cast<Task<Rule>*>(memory);
-  if (threadIdx.x == 0) new (memory) Task<Rule>(launch, tile, row);
+  alignas(Task) __shared__ char memory[sizeof(Task)];
+  auto& task = *reinterpret_cast<Task*>(memory);
+  if (threadIdx.x == 0) new (memory) Task(launch, tile, row);
   __syncthreads();
 #pragma unroll 1
   for (int64_t first = task.start; first < task.end; first += ROUND) {
@@ -226,9 +168,30 @@ __global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
   }
 }
 
+// By the number of states. With one block more for one or two states ptxas keeps 16 to 64 bytes of registers
+// in memory on some architecture (nvcc 13.0, November 2026); three states take 128 registers already.
+constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
+
+// Tensors of any codecs.
+template <class Rule>
+__global__ void __launch_bounds__(THREADS, coded_blocks_in_flight[Rule::slots])
+    step_coded_kernel(const __grid_constant__ Launch launch) {
+  update_tile<Task<Rule>>(launch);
+}
+
+// One block less for one and three states, where ptxas would keep 12 and 16 bytes of registers in memory: the
+// address of the weights and the mask take registers as well.
+constexpr int masked_blocks_in_flight[] = {6, 4, 4, 3};
+
+// The same with a mask.
+template <class Rule>
+__global__ void __launch_bounds__(THREADS, masked_blocks_in_flight[Rule::slots])
+    step_masked_kernel(const __grid_constant__ Launch launch) {
+  update_tile<MaskedTask<Rule>>(launch);
+}
+
 int launch_step(const Work& work, Launch launch, int n_tiles, int device, void* stream) {
   if (Error error = check(work)) return -error;
-  if (is_masked_work(work)) return -UNKNOWN_RULE;
   const int32_t* codecs = work.codecs;
   bool plain = true, wide = false, shared = false;
   int column = HEADER;
@@ -241,16 +204,25 @@ int launch_step(const Work& work, Launch launch, int n_tiles, int device, void* 
     shared = shared || storage.block_shift > 0 || storage.random;
   };
   use(0);
-  for (int i = 2; i < mask_of(work); ++i) use(i);
+  for (int i = 2; i < work.n_codecs; ++i) use(i);
   use(1);
-  launch.neighbours = shared || !wide;
-  switch (work.rule) {
-#define FO_CASE(rule) \
-  case id_##rule:     \
+  bool with_mask = is_masked_work(work);
+  launch.neighbours = with_mask || shared || !wide;
+  launch.keeps_dense = work.n_codecs > mask_of(work) + 1;
+  launch.group = work.group;
+#define FO_DENSE_CASE(rule) \
+  case id_##rule:           \
     return launch_tiles(plain ? step_kernel<rule> : step_coded_kernel<rule>, n_tiles, device, stream, launch);
-    FO_DENSE_RULES(FO_CASE)
-#undef FO_CASE
+#define FO_MASKED_CASE(rule) \
+  case id_##rule:            \
+    return launch_tiles(step_masked_kernel<rule>, n_tiles, device, stream, launch);
+  if (with_mask) {
+    switch (work.rule) { FO_RULES(FO_MASKED_CASE) }
+  } else {
+    switch (work.rule) { FO_DENSE_RULES(FO_DENSE_CASE) }
   }
+#undef FO_MASKED_CASE
+#undef FO_DENSE_CASE
   return -UNKNOWN_RULE;
 }
 
@@ -261,6 +233,7 @@ FO_API int FO_ARITHMETIC(fused_optim_cuda_step)(int rule, int group, const int32
                                                 const int64_t* table, int64_t n, const int32_t* tiles,
                                                 int n_tiles, const float* rows, int64_t row_length,
                                                 const int64_t* layouts, int device, void* stream) {
-  Launch launch{{table, n}, reinterpret_cast<const int2*>(tiles), layouts, rows, row_length, {}, false};
+  Launch launch{{table, n}, reinterpret_cast<const int2*>(tiles), layouts, rows, row_length, {}, false, false,
+                0};
   return launch_step({rule, group, codecs, n_codecs}, launch, n_tiles, device, stream);
 }

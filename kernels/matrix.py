@@ -234,9 +234,9 @@ class MatrixBucket(Bucket):
         values = self._values()
         if self._masked:
             keep = torch.stack([weights.mask() for weights in self._masked])
-            # Recipes have gradients of pruned weights count, or not at all.
-            pruned = self._batch * pruned_grad + pruned_decay * values
-            self._batch.copy_(torch.where(keep, self._batch, pruned))
+            # Selected, not multiplied with zero: what does not count may be NaN or infinite.
+            counted = torch.where(keep | (pruned_grad != 0), self._batch, 0.0)
+            self._batch.copy_(torch.where(keep, counted, counted + pruned_decay * values))
         self._batch.add_(values.mul_(l2))
 
     def _transform(

@@ -23,9 +23,11 @@ import fused_optim
 from fused_optim.kernels import dispatch
 from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.launch import Driver
+from fused_optim.kernels.masking import GROUPS
 from fused_optim.kernels.native import cuda, library
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Codec
+from fused_optim.sparsity import SRSTE, OneShot, Sparsity
 from tests import cases
 from tests.arena import Bed, assert_equal_beds
 from tests.cases import Case, Target, assert_same_bits
@@ -33,6 +35,7 @@ from tests.cases import Case, Target, assert_same_bits
 ROOT = Path(__file__).parents[1]
 REFERENCE, NATIVE = Target("reference", "cpu"), Target("native", "cpu")
 SIZES = (1, 7, 9, 63, 65, 255, 257, 1025, 4097, 5300)
+MASKED_SIZES = (0, 1, 15, 16, 17, 255, 256, 257, 4097)
 
 
 def _has_fma() -> bool:
@@ -105,10 +108,41 @@ def test_every_size(case: Case) -> None:
     assert_equal_beds(*beds)
 
 
+# In turns of three in place and with dense weights, so that sizes of groups and storages meet both.
+MASKED = [case for i, case in enumerate(cases.masked_cases()) if i // 6 % 2 == i % 2]
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.id)
+def test_masked_rules(case: Case) -> None:
+    """New masks in one group of parameters, in the other those that there are, or new ones too."""
+    beds = [Bed(case, target, MASKED_SIZES, odd_sizes=(257, 40)) for target in (NATIVE, REFERENCE)]
+    for bed in beds:
+        bed.step()
+        bed.assert_intact()
+    assert_equal_beds(*beds)
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("group", GROUPS)
+def test_equal_magnitudes(group: int) -> None:
+    """The first of a group win; every NaN is larger than infinity."""
+    values = torch.tensor([1.0, -1.0, 0.0, -0.0, 2.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
+    states = []
+    for backend in ("native", "reference"):
+        w = Parameter(values[torch.arange(1120).pow(2) // 3 % 9].view(35, 32))
+        w.grad = torch.zeros_like(w)
+        recipe = OneShot(n=max(1, group // 2), m=group)
+        optimizer = fused_optim.SGD([w], lr=0.0, sparsity=recipe, backend=backend)
+        optimizer.step()
+        states.append(optimizer.state[w]["mask"])
+    assert_same_bits(*states)
+
+
 def _strided(dtype: torch.dtype) -> tuple[Tensor, list[Parameter]]:
     """Memory and three parameters in it that are transposed or have gaps, with gradients of other strides."""
-    memory = cases.normal((50, 70), torch.float32, 1).to(dtype)
-    views = [memory[:30, :60].t(), memory[30:, ::2], memory[30:, 1::2].view(4, 5, 35).permute(2, 0, 1)]
+    memory = cases.normal((50, 80), torch.float32, 1).to(dtype)
+    views = [memory[:30, :60].t(), memory[30:, ::2], memory[30:, 1::2].view(4, 5, 40).permute(2, 0, 1)]
     params = [Parameter(view) for view in views]
     for param in params:
         shape = tuple(reversed(param.shape))
@@ -117,21 +151,33 @@ def _strided(dtype: torch.dtype) -> tuple[Tensor, list[Parameter]]:
     return memory, params
 
 
-@pytest.mark.usefixtures("chosen")
-@pytest.mark.parametrize("state", cases.STATES)
-def test_strided(state: str) -> None:
-    param = cases.PARAMS[cases.STATES.index(state) % len(cases.PARAMS)]
+def _assert_strided_like_the_reference(param: Codec, state: str, **options: Any) -> None:
     runs = []
     for backend in ("native", "reference"):
         memory, params = _strided(cases.DTYPES[param.name])
         optimizer = fused_optim.AdamW(
-            params, lr=0.1, param_codec=param.name, state_codec=state, keep_fp32=0, backend=backend
+            params, lr=0.1, param_codec=param.name, state_codec=state, keep_fp32=0, backend=backend, **options
         )
         optimizer.step()
         planes = [plane for p in params for plane in optimizer.state[p].values()]
         runs.append([memory, *planes])
     for actual, expected in zip(*runs, strict=True):
         assert_same_bits(actual, expected)
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize("state", cases.STATES)
+def test_strided(state: str) -> None:
+    _assert_strided_like_the_reference(cases.PARAMS[cases.STATES.index(state) % len(cases.PARAMS)], state)
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(
+    ("param", "recipe"), [("fp32", OneShot(dim=0)), ("bf16_sr", SRSTE(dim=0))], ids=["in_place", "dense"]
+)
+def test_strided_masks(param: str, recipe: Sparsity) -> None:
+    """Of groups along the dimension that is innermost in memory, and of others, which are found later."""
+    _assert_strided_like_the_reference(CODECS[param], "int8", sparsity=recipe)
 
 
 def _bed_without_rounding(case: Case) -> Bed:
@@ -204,18 +250,19 @@ def test_no_kernel_spills(compiled: tuple[str, Path]) -> None:
     usage = re.findall(
         r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _dump(compiled, "-res-usage")
     )
-    steps = [name for name, *_ in usage if re.search("step_(coded_)?kernel", name)]
+    steps = [name for name, *_ in usage if re.search("step_(coded_|masked_)?kernel", name)]
     architectures = len([name for name, *_ in usage if "square_sum_kernel" in name])
-    # One for plain codecs and one for all codecs.
-    assert len(steps) == architectures * len(RULES) * 2 * 2 > 0
+    # One for plain codecs, one for all codecs, one with a mask; cast_adam has only this.
+    assert len(steps) == architectures * (3 * len(RULES) + 1) * 2 > 0
     spilling = [entry for entry in usage if entry[2:] != ("0", "0")]
     assert not spilling, spilling
 
 
 def test_whole_tiles_move_in_16_bytes(compiled: tuple[str, Path]) -> None:
     """Of every plane of plain codecs: two accesses for the one of 4 bytes, one for each of 2 bytes."""
-    functions = re.split(r"\n\s*Function : ", _dump(compiled, "-sass", "-arch", "sm_90"))[1:]
-    functions = [f for f in functions if "11step_kernel" in f.partition("\n")[0]]
+    names = sorted(set(re.findall(r"Function (\S*11step_kernel\S*):", _dump(compiled, "-res-usage"))))
+    sass = _dump(compiled, "-sass", "-arch", "sm_90", "-fun", ",".join(names))
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
     for rule in RULES.values():
         own = [f for f in functions if f"{len(rule.name)}{rule.name}E" in f.partition("\n")[0]]
         assert len(own) == 2, f"{rule.name}: {len(own)} kernels instead of one in each arithmetic"

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 import fused_optim
 from fused_optim.kernels.control import Control
 from fused_optim.kernels.matrix import MatrixBucket
+from fused_optim.sparsity import OneShot
 from fused_optim.spectral import ClipSchedule, Hypersphere, SpectralClip
 from tests import cases
 from tests.cases import EVERY_TARGET, INTERPRETER, TARGETS, Target, assert_same_bits
@@ -210,6 +211,20 @@ def test_one_bad_matrix_leaves_the_others_alone() -> None:
     assert spoilt[2].isnan().all()
     for i in (0, 1, 3):
         torch.testing.assert_close(spoilt[i], good[i])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_of_pruned_weights_that_do_not_count_may_be_anything(bad: float) -> None:
+    def run(of_pruned: float) -> Tensor:
+        w = cases.normal((8, 16), torch.float32, 1).requires_grad_()
+        optimizer = fused_optim.AdamW([w], lr=0.1, sparsity=OneShot(), spectral=SpectralClip(post=0.5))
+        for step in range(3):
+            w.grad = cases.normal((8, 16), torch.float32, 5 + step)
+            w.grad[w.detach() == 0] = of_pruned
+            optimizer.step()
+        return w.detach()
+
+    assert_same_bits(run(bad), run(0.0))
 
 
 @pytest.mark.parametrize("target", EVERY_TARGET[:2])

@@ -53,8 +53,7 @@ def unavailable() -> str | None:
 def lacks(codec: str) -> bool:
     """Whether the library has no such codec."""
     opened = library.load("cuda")
-    # Its kernels have no masked rules yet.
-    return isinstance(opened, str) or codec not in opened.codecs or codec == "mask"
+    return isinstance(opened, str) or codec not in opened.codecs
 
 
 def _run(function: Callable[..., int], bucket: Launch, *arguments: Any) -> None:

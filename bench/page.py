@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .sections import Section
+from .section import Section
 from .tables import Table
 
 _STYLE = """
@@ -89,7 +89,8 @@ def page(sections: Sequence[tuple[str, Section]], left_out: Mapping[str, str], c
 <body>
 <h1>fused_optim: measured results</h1>
 <p>Written by {_code(command)}. Every section names the file, the machine, the versions, the commit and the
-command that it comes from. Ratios below 1 mean that fused_optim takes less time.</p>
+command that it comes from. Ratios below 1 mean that fused_optim takes less time; they are of medians, and the
+thin lines on them are the quartiles of the ratios within rounds.</p>
 <ol>
 {contents}
 </ol>

@@ -11,10 +11,11 @@ from fused_optim.training.figure import draw as draw_losses
 from fused_optim.training.loop import Record as Training
 from fused_optim.training.plan_figure import draw as draw_plan
 from fused_optim.training.plan_report import table as plan_table
-from fused_optim.training.planner import PARTS, Entry
+from fused_optim.training.planner import Entry
 from fused_optim.training.presets import PRESETS
 from fused_optim.training.report import smooth
 from fused_optim.training.report import table as training_table
+from fused_optim.training.storages import PARTS
 
 from .found import Record, Result, circumstances
 from .section import Section

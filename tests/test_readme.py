@@ -15,9 +15,9 @@ import torch
 import fused_optim
 from bench import masks, newton_schulz, step
 from fused_optim.training import plan, plan_command, pretrain
+from tests.readme import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
 
 
@@ -138,7 +138,7 @@ def test_trainings() -> None:
 
 @pytest.mark.parametrize("block", re.findall(r"^```py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 def test_recipes_use_our_names_and_arguments(block: str) -> None:
-    """What needs packages that the tests do not have: syntax, our classes, our arguments."""
+    """What may need packages that are not here: syntax, our classes, our arguments."""
     tree = ast.parse(block)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     ours = {

@@ -85,10 +85,13 @@ def test_lightning() -> None:
     quiet = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    trainer = lightning.Trainer(max_steps=5, accelerator="cpu", precision="bf16-mixed", **quiet)
+    options = {"max_steps": 5, "accelerator": "cpu", "precision": "bf16-mixed", **quiet}
+    trainer = lightning.Trainer(**options)
     trainer.fit(model, _loader())
     _check(model.inner, _model(), trainer.optimizers[0], steps=5)
     assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-9
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        lightning.Trainer(gradient_clip_val=1.0, **options).fit(Model(), _loader())
 
 
 def test_accelerate() -> None:

@@ -90,16 +90,22 @@ def _diverged(row: Record) -> bool:
     return None in (*losses, row["validation_loss"])
 
 
+def _unbroken(cell: str) -> str:
+    """A mean and its deviation stay on one line."""
+    return cell.strip().replace(" ± ", "\u00a0±\u00a0")
+
+
 def recipes(result: Result, stem: Path) -> Section:
     """What recipes for N:M sparsity learn on the same job."""
     data, rows = result.data, result.data["rows"]
     config = rows[0]["config"]
     section = Section("Recipes for N:M sparsity", circumstances(data))
-    seeds = ", ".join(sorted({str(row["seed"]) for row in rows}))
+    seeds = sorted({row["seed"] for row in rows})
     section.notes.append(
         f"{config['steps']} steps of {config['batch_size']} × {config['sequence_length']} bytes of text, "
-        f"seeds {seeds}. The table's losses are of {data['final_tokens']} bytes after the training, the "
-        "chart's of fewer; times are relative to the first case."
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. The table's losses are of "
+        f"{data['final_tokens']} bytes after the training, the chart's of fewer; times are relative to the "
+        "first case."
     )
     lost = {row["case"] for row in rows if _diverged(row)}
     drawn = [row for row in rows if row["case"] not in lost]
@@ -108,6 +114,6 @@ def recipes(result: Result, stem: Path) -> Section:
         path = Path(f"{stem}-losses.png")
         draw_recipes(drawn, path)
         section.pictures.append((path, "Losses of all recipes, and how far each is above the first case"))
-    header, _, *lines = [[cell.strip() for cell in line[1:-1].split("|")] for line in data["table"]]
+    header, _, *lines = [[_unbroken(cell) for cell in line[1:-1].split("|")] for line in data["table"]]
     section.tables.append(Table("Recipes", header, lines))
     return section

@@ -25,7 +25,7 @@ def write(results: Path, out: Path, command: str) -> tuple[Path, dict[str, str]]
     found, left_out = find(results)
     out.mkdir(parents=True, exist_ok=True)
     sections: list[tuple[str, Section]] = [("counted from shapes", memory(out))]
-    for result in found:
+    for result in sorted(found, key=lambda result: result.kind != "parts"):
         name = result.path.relative_to(results)
         stem = "-".join(name.with_suffix("").parts)
         sections.append((str(name), section_of(result, out, stem)))

@@ -9,12 +9,17 @@ from . import charts, learning_sections
 from .charts import Bar, Group, Line
 from .found import Record, Result, circumstances, on_gpu
 from .section import Section
+from .static_products import Report
+from .static_products import table as products_table
 from .tables import NOTE, Table, case_table
 
 _LINES = 8
 """At most so many in one chart of the scaling."""
 
 LEFT_IS_FASTER = "our median time over the other's (logarithmic; left of 1: ours is faster)"
+
+ERRORS = {"masks": "share of weights on which the mask disagrees with ours"}
+"""What the errors of a command are, where they are not relative ones."""
 
 
 def _size(count: int) -> str:
@@ -178,7 +183,7 @@ def _ms_table(title: str, rows: Sequence[Record]) -> Table:
 def times(result: Result, stem: Path) -> Section:
     """Cases whose first row is ours: whole steps of Muon, soft clipping, products."""
     data, cases = result.data, result.data["cases"]
-    section = Section(str(data.get("kind", "times")).replace("_", " "), circumstances(data))
+    section = Section(str(data.get("kind", "times")).replace("_", " ").capitalize(), circumstances(data))
     ratios, errors = [], []
     for case in cases:
         first, *others = case["rows"]
@@ -193,7 +198,8 @@ def times(result: Result, stem: Path) -> Section:
     section.draw(
         Path(f"{stem}-ratios"), ratios, "Time beside other implementations", charts.ratios, LEFT_IS_FASTER
     )
-    label = "relative error against float64 (logarithmic)"
+    label = ERRORS.get(data.get("kind", ""), "relative error against float64")
+    label += " (logarithmic; none or not measured: no point)"
     section.draw(Path(f"{stem}-errors"), errors, "Errors", charts.errors, label)
     section.tables = [_ms_table(f"{case['name']}: {case['rounds']} rounds", case["rows"]) for case in cases]
     return section
@@ -233,12 +239,8 @@ def static(result: Result, stem: Path) -> Section:
 
 def static_products(result: Result, stem: Path) -> Section:
     """What the compiled kernels of the matrix products cost."""
-    kernels = result.data["kernels"]
     section = Section("Compiled kernels of matrix products", circumstances(result.data))
-    lines = [
-        [f"{value:g}" if isinstance(value, float) else str(value) for value in k.values()] for k in kernels
-    ]
-    section.tables.append(Table(f"{len(kernels)} kernels", list(kernels[0]), lines))
+    section.text = products_table(Report(**kernel) for kernel in result.data["kernels"])
     return section
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import charts, found, report, sections
+from bench import charts, found, report, sections, static_products
 from fused_optim.training import plan
 from fused_optim.training.plan_report import as_json
 
@@ -30,6 +31,26 @@ SUMMARY = {
     "activation_bytes": 2**20,
     "mean_spectral_norm": 2.0,
 }
+PRODUCT = static_products.Report(
+    product="gram",
+    dtype="bf16",
+    sm=90,
+    tile="128x256x64",
+    fed_by="boxes",
+    by_columns=False,
+    warps=8,
+    stages=4,
+    registers=170,
+    spilled=0,
+    shared=196640,
+    resident=1,
+    tensor={"wgmma.m64n128k16": 4},
+    multiplied=1,
+    expected=1,
+    accesses={},
+    issued=9.0,
+    tensor_clocks=512.0,
+)
 
 
 class Page(HTMLParser):
@@ -178,7 +199,7 @@ def _files() -> dict[str, Any]:
         "static_products": {
             "kind": "static_products",
             "machine": machine,
-            "kernels": [{"product": "gram", "tensor": {"wgmma.m64n128k16": 4}, "tensor_clocks": 512.0}],
+            "kernels": [asdict(PRODUCT)],
         },
         "recipes": {
             "machine": machine,
@@ -222,9 +243,9 @@ def test_other_kinds_are_shown_or_named(tmp_path: Path, capsys: pytest.CaptureFi
         "This version beside main",
         "A processor, 3 cores",
         "Compiled kernels, sm_90",
-        "wgmma.m64n128k16",
+        "4xwgmma.m64n128k16",
         "sr-ste diverged: it is not in the chart",
-        "seeds 3. The table's losses are of 4096 bytes",
+        "seed 3. The table's losses are of 4096 bytes",
         "50.0 %",
         "Memory of training: A model",
         "8 GPUs: everything is split evenly",

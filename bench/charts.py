@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -24,6 +27,7 @@ _COLORS = {
     "torch.optim.Muon": _PALETTE[0],
 }
 _HATCHES = ("", "//", "xx", "..")
+_MARKS = "os^DvPX*"
 _BARS_A_FIGURE = 36
 _DPI = 150
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
@@ -152,20 +156,25 @@ def _digits(value: float, count: int) -> str:
     return f"{value:#.{count}g}".removesuffix(".")
 
 
-def _finish(figure: Figure, axes: Axes, groups: Sequence[Group], extra: Sequence[Patch], path: Path) -> None:
+def _finish(
+    figure: Figure, axes: Axes, groups: Sequence[Group], handles: Sequence[Artist], path: Path
+) -> None:
     """Names of groups, legend, file."""
     places = _places(groups)
-    styles = _styles(bar.series for group in groups for bar in group.bars)
     names = ["\n".join(textwrap.fill(line, 46) for line in group.name.split("\n")) for group in groups]
     axes.set_yticks([sum(ys) / len(ys) for ys in places], names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(places[-1][-1] + 0.7, -0.7)
-    handles = [
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _patches(styles: Mapping[str, Mapping[str, str]]) -> list[Artist]:
+    """Of the bars, for the legend."""
+    return [
         Patch(facecolor=s["color"], hatch=s["hatch"], edgecolor="black", linewidth=0.5, label=name)
         for name, s in styles.items()
     ]
-    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def ratios(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
@@ -188,7 +197,7 @@ def ratios(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
     span = max(max(ends) / min(ends), 2.0)
     _logarithmic(axes, min(ends) / span**0.12, max(ends) * span**0.12)
     axes.set_xlabel(label)
-    _finish(figure, axes, groups, [], path)
+    _finish(figure, axes, groups, _patches(styles), path)
 
 
 def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path: Path) -> None:
@@ -208,22 +217,31 @@ def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path
     axes.set_xlim(0, 1.06 * largest)
     axes.set_xlabel(label)
     marked = [Patch(facecolor="black", label=ceiling)] if any(g.ceiling for g in groups) else []
-    _finish(figure, axes, groups, marked, path)
+    _finish(figure, axes, groups, [*_patches(styles), *marked], path)
 
 
 def errors(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
-    """Points on a logarithmic axis."""
+    """Points on a logarithmic axis, another mark for every series."""
     count = sum(len(group.bars) for group in groups)
     figure, axes = _canvas(title, count, len(groups))
     styles = _styles(bar.series for group in groups for bar in group.bars)
+    points = {
+        name: Line2D(
+            [], [], color=style["color"], marker=mark, linestyle="", markeredgecolor="black", label=name
+        )
+        for (name, style), mark in zip(styles.items(), itertools.cycle(_MARKS))
+    }
     values = [bar.value for group in groups for bar in group.bars]
     for group, ys in zip(groups, _places(groups), strict=True):
         for bar, y in zip(group.bars, ys, strict=True):
-            axes.plot(bar.value, y, "o", color=styles[bar.series]["color"], markeredgecolor="black")
+            point = points[bar.series]
+            axes.plot(
+                bar.value, y, color=point.get_color(), marker=point.get_marker(), markeredgecolor="black"
+            )
             _label(axes, f"{bar.value:.1e}", (bar.value, y), away=8)
     _logarithmic(axes, min(values) / 3, max(values) * 10)
     axes.set_xlabel(label)
-    _finish(figure, axes, groups, [], path)
+    _finish(figure, axes, groups, list(points.values()), path)
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Line], xlabel: str, ylabel: str) -> None:
@@ -236,7 +254,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], xlabel: str, ylabel: str) -> 
             *zip(*line.points, strict=True),
             color=styles[source]["color"],
             linestyle=("-", "--", ":", "-.")[turn % 4],
-            marker="os^DvPX*"[number % 8],
+            marker=_MARKS[number % len(_MARKS)],
             markeredgecolor="black",
             markeredgewidth=0.6,
             label=line.series,

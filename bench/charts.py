@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -24,6 +27,7 @@ _COLORS = {
     "torch.optim.Muon": _PALETTE[0],
 }
 _HATCHES = ("", "//", "xx", "..")
+_MARKS = "os^DvPX*"
 _BARS_A_FIGURE = 36
 _DPI = 150
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
@@ -128,20 +132,49 @@ def _logarithmic(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _finish(figure: Figure, axes: Axes, groups: Sequence[Group], extra: Sequence[Patch], path: Path) -> None:
+def _label(axes: Axes, text: str, place: tuple[float, float], before: bool = False, away: int = 4) -> None:
+    """Text some points behind a place, or before it."""
+    axes.annotate(
+        text,
+        place,
+        xytext=(-away if before else away, 0),
+        textcoords="offset points",
+        ha="right" if before else "left",
+        va="center",
+        fontsize=8.5,
+        bbox=_LABEL,
+        zorder=4,
+    )
+
+
+def _digits(value: float, count: int) -> str:
+    """So many of them, zeros at the end as well.
+
+    >>> _digits(1.2, 3), _digits(123.4, 3), _digits(0.1, 2)
+    ('1.20', '123', '0.10')
+    """
+    return f"{value:#.{count}g}".removesuffix(".")
+
+
+def _finish(
+    figure: Figure, axes: Axes, groups: Sequence[Group], handles: Sequence[Artist], path: Path
+) -> None:
     """Names of groups, legend, file."""
     places = _places(groups)
-    styles = _styles(bar.series for group in groups for bar in group.bars)
     names = ["\n".join(textwrap.fill(line, 46) for line in group.name.split("\n")) for group in groups]
     axes.set_yticks([sum(ys) / len(ys) for ys in places], names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(places[-1][-1] + 0.7, -0.7)
-    handles = [
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _patches(styles: Mapping[str, Mapping[str, str]]) -> list[Artist]:
+    """Of the bars, for the legend."""
+    return [
         Patch(facecolor=s["color"], hatch=s["hatch"], edgecolor="black", linewidth=0.5, label=name)
         for name, s in styles.items()
     ]
-    figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=_DPI, format="png")
 
 
 def ratios(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
@@ -158,22 +191,13 @@ def ratios(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
                 axes.plot([low, high], [y, y], color="black", linewidth=1.4, solid_capstyle="butt")
             left = bar.value <= 1
             end = min(low, bar.value) if left else max(high, bar.value)
-            axes.annotate(
-                f"{bar.value:.2g}" if bar.value < 1 else f"{bar.value:.3g}",
-                (end, y),
-                xytext=(-4 if left else 4, 0),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-                fontsize=8.5,
-                bbox=_LABEL,
-            )
+            _label(axes, _digits(bar.value, 3 if bar.value >= 1 else 2), (end, y), before=left)
             ends.append(end)
     axes.axvline(1, color="black", linewidth=1.2)
     span = max(max(ends) / min(ends), 2.0)
     _logarithmic(axes, min(ends) / span**0.12, max(ends) * span**0.12)
     axes.set_xlabel(label)
-    _finish(figure, axes, groups, [], path)
+    _finish(figure, axes, groups, _patches(styles), path)
 
 
 def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path: Path) -> None:
@@ -187,58 +211,50 @@ def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path
             axes.vlines(group.ceiling, ys[0] - 0.5, ys[-1] + 0.5, color="black", linewidth=2.2, zorder=3)
         for bar, y in zip(group.bars, ys, strict=True):
             axes.barh(y, bar.value, 0.8, edgecolor="black", linewidth=0.5, **styles[bar.series])
-            inside = bar.value > 0.12 * largest
-            axes.annotate(
-                f"{bar.value:.0f}" if bar.value >= 9.5 else f"{bar.value:.2g}",
-                (bar.value, y),
-                xytext=(-4 if inside else 4, 0),
-                textcoords="offset points",
-                ha="right" if inside else "left",
-                va="center",
-                fontsize=8.5,
-                bbox=_LABEL,
-                zorder=4,
-            )
+            text = f"{bar.value:.0f}" if bar.value >= 9.5 else f"{bar.value:.2g}"
+            _label(axes, text, (bar.value, y), before=bar.value > 0.12 * largest)
     axes.axvline(100, color="black", linewidth=1.2, linestyle="--")
     axes.set_xlim(0, 1.06 * largest)
     axes.set_xlabel(label)
     marked = [Patch(facecolor="black", label=ceiling)] if any(g.ceiling for g in groups) else []
-    _finish(figure, axes, groups, marked, path)
+    _finish(figure, axes, groups, [*_patches(styles), *marked], path)
 
 
 def errors(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
-    """Points on a logarithmic axis."""
+    """Points on a logarithmic axis, another mark for every series."""
     count = sum(len(group.bars) for group in groups)
     figure, axes = _canvas(title, count, len(groups))
     styles = _styles(bar.series for group in groups for bar in group.bars)
+    points = {
+        name: Line2D(
+            [], [], color=style["color"], marker=mark, linestyle="", markeredgecolor="black", label=name
+        )
+        for (name, style), mark in zip(styles.items(), itertools.cycle(_MARKS))
+    }
     values = [bar.value for group in groups for bar in group.bars]
     for group, ys in zip(groups, _places(groups), strict=True):
         for bar, y in zip(group.bars, ys, strict=True):
-            axes.plot(bar.value, y, "o", color=styles[bar.series]["color"], markeredgecolor="black")
-            axes.annotate(
-                f"{bar.value:.0e}",
-                (bar.value, y),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
+            point = points[bar.series]
+            axes.plot(
+                bar.value, y, color=point.get_color(), marker=point.get_marker(), markeredgecolor="black"
             )
+            _label(axes, f"{bar.value:.1e}", (bar.value, y), away=8)
     _logarithmic(axes, min(values) / 3, max(values) * 10)
     axes.set_xlabel(label)
-    _finish(figure, axes, groups, [], path)
+    _finish(figure, axes, groups, list(points.values()), path)
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Line], xlabel: str, ylabel: str) -> None:
     styles = _styles(_source(line.series) for line in lines)
     seen: dict[str, int] = {}
-    for line in lines:
+    for number, line in enumerate(lines):
         source = _source(line.series)
         turn = seen[source] = seen.get(source, -1) + 1
         axes.plot(
             *zip(*line.points, strict=True),
             color=styles[source]["color"],
             linestyle=("-", "--", ":", "-.")[turn % 4],
-            marker="os^Dv"[turn % 5],
+            marker=_MARKS[number % len(_MARKS)],
             markeredgecolor="black",
             markeredgewidth=0.6,
             label=line.series,

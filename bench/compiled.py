@@ -11,9 +11,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from .record import begin, save
+from .record import add_out, begin, save
+
+CAPABILITIES = (80, 90, 100)
+"""Compute capabilities of A100, H100 and B200."""
 
 Job, Report = TypeVar("Job"), TypeVar("Report")
+
+
+def command_line(kind: str, about: str | None) -> argparse.ArgumentParser:
+    """Options of every command that compiles."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {kind}", description=about)
+    add_out(parser, "at the end")
+    parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities")
+    parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
+    return parser
 
 
 def check_triton(parser: argparse.ArgumentParser) -> None:

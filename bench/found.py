@@ -36,12 +36,20 @@ def _rows_with(*keys: str) -> Callable[[Record], bool]:
     return test
 
 
+def _kernels_with(key: str) -> Callable[[Record], bool]:
+    return lambda result: all(key in kernel for kernel in result.get("kernels", [{}]))
+
+
 KINDS: Mapping[str, Callable[[Record], bool]] = {
+    "parts": _has("gpu", "seconds", "parts"),
     "pretraining": _has("config", "environment", "summary", "runs"),
+    "recipes": _has("final_tokens", "table", "rows"),
+    "plan": _has("cards_gb", "entries", "notes"),
     "step": _rows_with("source", "ms", "percent_of_copy"),
     "times": _rows_with("label", "ms"),
     "base": lambda result: result.get("kind") == "base" and bool(result["cases"]),
-    "static": lambda result: all("share" in kernel for kernel in result.get("kernels", [{}])),
+    "static": _kernels_with("share"),
+    "static_products": _kernels_with("tensor_clocks"),
     "products": lambda result: result.get("kind") == "products" and bool(result["cases"]),
 }
 """What a file may hold, by its keys: a new benchmark that writes the same rows is shown without more work."""
@@ -57,7 +65,7 @@ def _read(path: Path) -> Result | str:
         return "not a result: no object at its top"
     if data.get("quick"):
         return "a trial run (--quick): its figures mean nothing"
-    if data.get("cases") == []:
+    if [] in (data.get("cases"), data.get("kernels")):
         return "nothing was measured"
     for kind, fits in KINDS.items():
         if fits(data):

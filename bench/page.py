@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .sections import Section
+from .section import Section
 from .tables import Table
 
 _STYLE = """
@@ -24,7 +24,7 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 0.8rem; }
 table { border-collapse: collapse; font-size: 0.85rem; margin: 0.4rem 0 1.4rem; }
 caption { text-align: left; font-weight: 600; padding: 0.3rem 0; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.15rem 0.6rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 .scroll { overflow-x: auto; }
 summary { cursor: pointer; }
 """
@@ -61,7 +61,8 @@ def _section(number: int, name: str, section: Section) -> str:
     if section.tables or section.text:
         text = f"<pre>{escape(section.text)}</pre>" if section.text else ""
         tables = "\n".join(map(_table, section.tables))
-        parts.append(f"<details><summary>Every figure</summary>\n{text}{tables}</details>")
+        shown = "" if section.pictures else " open"
+        parts.append(f"<details{shown}><summary>Every figure</summary>\n{text}{tables}</details>")
     return "\n".join(parts)
 
 
@@ -89,7 +90,8 @@ def page(sections: Sequence[tuple[str, Section]], left_out: Mapping[str, str], c
 <body>
 <h1>fused_optim: measured results</h1>
 <p>Written by {_code(command)}. Every section names the file, the machine, the versions, the commit and the
-command that it comes from. Ratios below 1 mean that fused_optim takes less time.</p>
+command that it comes from. Ratios below 1 mean that fused_optim takes less time; they are of medians, and the
+thin lines on them are the quartiles of the ratios within rounds.</p>
 <ol>
 {contents}
 </ol>

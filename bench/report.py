@@ -17,13 +17,15 @@ NEEDS = ("matplotlib", "tqdm")
 
 def write(results: Path, out: Path, command: str) -> tuple[Path, dict[str, str]]:
     """Draws everything; returns the page's path, and the files left out with the reasons."""
+    from .learning_sections import memory
     from .page import page
-    from .sections import Section, memory, section_of
+    from .section import Section
+    from .sections import section_of
 
     found, left_out = find(results)
     out.mkdir(parents=True, exist_ok=True)
     sections: list[tuple[str, Section]] = [("counted from shapes", memory(out))]
-    for result in found:
+    for result in sorted(found, key=lambda result: result.kind != "parts"):
         name = result.path.relative_to(results)
         stem = "-".join(name.with_suffix("").parts)
         sections.append((str(name), section_of(result, out, stem)))

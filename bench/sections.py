@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from fused_optim.training import plan
-from fused_optim.training.figure import draw as draw_losses
-from fused_optim.training.loop import Record as Training
-from fused_optim.training.plan_figure import draw as draw_plan
-from fused_optim.training.plan_report import table as plan_table
-from fused_optim.training.presets import PRESETS
-from fused_optim.training.report import smooth
-from fused_optim.training.report import table as training_table
-
-from . import charts
+from . import charts, learning_sections
 from .charts import Bar, Group, Line
 from .found import Record, Result, circumstances, on_gpu
+from .section import Section
+from .static_products import Report
+from .static_products import table as products_table
 from .tables import NOTE, Table, case_table
 
 _LINES = 8
@@ -27,28 +18,8 @@ _LINES = 8
 
 LEFT_IS_FASTER = "our median time over the other's (logarithmic; left of 1: ours is faster)"
 
-
-@dataclass
-class Section:
-    """A part of the page."""
-
-    title: str
-    facts: Mapping[str, str]
-    notes: list[str] = field(default_factory=list)
-    pictures: list[tuple[Path, str]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    text: str = ""
-
-    def draw(
-        self, stem: Path, groups: Iterable[Group], alt: str, chart: Callable[..., None], *args: str
-    ) -> None:
-        """Draws groups with a chart of ``charts``, in as many figures as they need."""
-        pages = charts.pages(groups)
-        for number, page in enumerate(pages, 1):
-            part = f" ({number} of {len(pages)})" if len(pages) > 1 else ""
-            path = Path(f"{stem}{f'-{number}' if len(pages) > 1 else ''}.png")
-            chart(page, f"{alt}{part}", *args, path)
-            self.pictures.append((path, f"{alt}{part}"))
+ERRORS = {"masks": "share of weights on which the mask disagrees with ours"}
+"""What the errors of a command are, where they are not relative ones."""
 
 
 def _size(count: int) -> str:
@@ -129,17 +100,29 @@ def _lines(cases: Sequence[Record], x: str, note: Callable[[Record], str]) -> li
     return sorted(found, key=lambda line: -len(line.points))[:_LINES]
 
 
+def _grouped(cases: Sequence[Record], key: Callable[[Record], float]) -> list[list[Record]]:
+    found: dict[float, list[Record]] = {}
+    for case in cases:
+        found.setdefault(key(case), []).append(case)
+    return list(found.values())
+
+
 def _scaling(cases: Sequence[Record]) -> list[tuple[list[Line], str, str]]:
     """Time over the number of parameters, and over the number of tensors that hold the same parameters."""
     fresh = [case for case in cases if case["gradients"] == "fresh"]
-    by_tensors = sorted(fresh, key=lambda case: case["tensors"])
-    totals: dict[int, list[Record]] = {}
-    for case in fresh:
-        totals.setdefault(case["elements"], []).append(case)
-    most = max(totals.values(), key=lambda found: len({case["tensors"] for case in found}), default=[])
+    totals = _grouped(fresh, lambda case: case["elements"])
+    most = max(totals, key=lambda found: len({case["tensors"] for case in found}), default=[])
     held = f"tensors that hold {_size(most[0]['elements'])} parameters together" if most else ""
+    sizes = _grouped(fresh, lambda case: case["elements"] / case["tensors"])
+    alike = max(sizes, key=lambda found: len({case["elements"] for case in found}), default=[])
+    grown, label = sorted(fresh, key=lambda case: case["tensors"]), "parameters"
+    if len({case["elements"] for case in alike}) > 1:
+        grown, label = (
+            alike,
+            f"parameters, {_size(alike[0]['elements'] // alike[0]['tensors'])} in each tensor",
+        )
     panels = [
-        (_lines(by_tensors, "elements", _tensors), "parameters", "ms for a step"),
+        (_lines(grown, "elements", _tensors), label, "ms for a step"),
         (_lines(most, "tensors", lambda case: case["shapes"]), held, "ms for a step"),
     ]
     return [panel for panel in panels if panel[0]]
@@ -200,7 +183,7 @@ def _ms_table(title: str, rows: Sequence[Record]) -> Table:
 def times(result: Result, stem: Path) -> Section:
     """Cases whose first row is ours: whole steps of Muon, soft clipping, products."""
     data, cases = result.data, result.data["cases"]
-    section = Section(str(data.get("kind", "times")).replace("_", " "), circumstances(data))
+    section = Section(str(data.get("kind", "times")).replace("_", " ").capitalize(), circumstances(data))
     ratios, errors = [], []
     for case in cases:
         first, *others = case["rows"]
@@ -215,7 +198,8 @@ def times(result: Result, stem: Path) -> Section:
     section.draw(
         Path(f"{stem}-ratios"), ratios, "Time beside other implementations", charts.ratios, LEFT_IS_FASTER
     )
-    label = "relative error against float64 (logarithmic)"
+    label = ERRORS.get(data.get("kind", ""), "relative error against float64")
+    label += " (logarithmic; none or not measured: no point)"
     section.draw(Path(f"{stem}-errors"), errors, "Errors", charts.errors, label)
     section.tables = [_ms_table(f"{case['name']}: {case['rounds']} rounds", case["rows"]) for case in cases]
     return section
@@ -253,6 +237,21 @@ def static(result: Result, stem: Path) -> Section:
     return section
 
 
+def static_products(result: Result, stem: Path) -> Section:
+    """What the compiled kernels of the matrix products cost."""
+    section = Section("Compiled kernels of matrix products", circumstances(result.data))
+    section.text = products_table(Report(**kernel) for kernel in result.data["kernels"])
+    return section
+
+
+def parts(result: Result, stem: Path) -> Section:
+    """What became of the parts of ``bench/gpu.sh``."""
+    data = result.data
+    facts = {"Machine": data["gpu"] or "no GPU: a dry run", "Seconds": str(data["seconds"])}
+    found = {name: f"{part['state']}, {part['seconds']} s" for name, part in data["parts"].items()}
+    return Section("Everything that a GPU must prove: bench/gpu.sh", {**facts, **found})
+
+
 def base(result: Result, stem: Path) -> Section:
     """Two commits beside each other."""
     data = result.data
@@ -270,58 +269,21 @@ def base(result: Result, stem: Path) -> Section:
     return section
 
 
-def _finite(losses: Sequence[float | None]) -> list[float]:
-    return [math.nan if loss is None else loss for loss in losses]
-
-
-def pretraining(result: Result, stem: Path) -> Section:
-    """Loss curves of a training, and its table."""
-    data = result.data
-    runs: dict[str, Training] = {}
-    for name, run in data["runs"].items():
-        validation = [[place, math.nan if loss is None else loss] for place, loss in run["validation"]]
-        losses = {"train_loss": _finite(run["train_loss"]), "validation": validation}
-        runs[name] = Training(**{**run, **losses})
-    config: Record = data["config"]
-    section = Section(f"Pretraining: {data['parameters']:,} parameters", circumstances(data))
-    path = Path(f"{stem}-losses.png")
-    draw_losses(runs, {name: smooth(run.train_loss) for name, run in runs.items()}, path)
-    section.pictures.append((path, "Loss curves, and where the memory goes"))
-    section.text = training_table(runs, data["summary"])
-    section.notes.append(
-        f"{config['steps']} steps of {config['batch_size']} × {config['sequence_length']} bytes of text, "
-        f"seed {config['seed']}."
-    )
-    return section
-
-
-def memory(folder: Path) -> Section:
-    """Bytes per parameter under every rule and storage, counted and not measured."""
-    model = PRESETS["1b"]
-    found = plan(model.tensors(), name=model.model)
-    section = Section("Bytes per parameter", {"Command": "python -m fused_optim plan --model 1b"})
-    path = folder / "bytes-per-parameter.png"
-    draw_plan(found, path, per_parameter=True)
-    section.pictures.append((path, "Bytes per parameter of weights, master bits, gradients and states"))
-    section.notes.append(
-        "Counted by the functions that the optimizer allocates with; other libraries by their sources."
-    )
-    section.text = plan_table(found)
-    return section
-
-
 SECTIONS: Mapping[str, Callable[[Result, Path], Section]] = {
-    "pretraining": pretraining,
+    "parts": parts,
+    "pretraining": learning_sections.pretraining,
+    "recipes": learning_sections.recipes,
+    "plan": learning_sections.planned,
     "step": step,
     "times": times,
     "base": base,
     "products": products,
     "static": static,
+    "static_products": static_products,
 }
 """What draws each of ``found.KINDS``."""
 
 
 def section_of(result: Result, folder: Path, name: str) -> Section:
     """The section of a file; its pictures' names begin with ``name``."""
-    section: Any = SECTIONS[result.kind](result, folder / name)
-    return section
+    return SECTIONS[result.kind](result, folder / name)

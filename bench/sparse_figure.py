@@ -14,16 +14,8 @@ from matplotlib.figure import Figure
 from fused_optim.training.figure import spread
 
 # Okabe and Ito's palette, told apart with any colour vision; lines also differ in their dashes and marks.
-STYLES = (
-    ("#000000", "-", "o"),
-    ("#E69F00", "--", "s"),
-    ("#56B4E9", "-.", "^"),
-    ("#009E73", ":", "D"),
-    ("#D55E00", "-", "v"),
-    ("#CC79A7", "--", "P"),
-    ("#0072B2", "-.", "X"),
-    ("#999999", ":", "*"),
-)
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#999999")
+DASHES, MARKS = ("-", "--", "-.", ":"), "os^DvPX*"
 _SHOWN_FROM = 0.4
 """Before that all losses fall by whole nats, and recipes differ by hundredths."""
 
@@ -52,7 +44,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _styles(cases: Sequence[str]) -> list[tuple[str, str, str]]:
-    return [STYLES[index % len(STYLES)] for index in range(len(cases))]
+    """Colour, dashes and mark: after a round of colours each has other dashes and another mark."""
+    turns = [(index, index + index // len(COLORS)) for index in range(len(cases))]
+    return [
+        (COLORS[index % len(COLORS)], DASHES[turn % len(DASHES)], MARKS[turn % len(MARKS)])
+        for index, turn in turns
+    ]
 
 
 def _mean_curve(found: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
@@ -87,5 +84,5 @@ def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, str]], last: int) -> 
             (last * 1.06, height + shift),
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
         )

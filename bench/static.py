@@ -6,7 +6,6 @@ sm_100 in both arithmetics and reports bytes, registers and instructions per ele
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import sys
@@ -20,11 +19,9 @@ from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule, Slot, bytes_moved
 from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
 
-from .compiled import check_triton, run, write
+from .compiled import CAPABILITIES, check_triton, command_line, run, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
-from .record import add_out
 
-CAPABILITIES = (80, 90, 100)
 PLAIN = (
     ("fp32", "fp32", "fp32"),
     ("bf16", "fp32", "bf16"),
@@ -305,14 +302,11 @@ def table(reports: Iterable[Report]) -> str:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__)
-    add_out(parser, "at the end")
-    parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities")
+    parser = command_line("static", __doc__)
     parser.add_argument("--rule", nargs="+", default=tuple(RULES), choices=RULES, help="only these rules")
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument("--quick", action="store_true", help="just what the tests compile")
     selection.add_argument("--every", action="store_true", help="every storage of every tensor (hours)")
-    parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
     check_triton(parser)
     jobs = every_job(options.sm, options.rule) if options.every else main_jobs(options.sm, options.rule)

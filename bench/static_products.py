@@ -6,7 +6,6 @@ launched, and reports registers, shared memory, tensor-core instructions and the
 
 from __future__ import annotations
 
-import argparse
 import collections
 import itertools
 import re
@@ -18,11 +17,9 @@ from typing import Any, NamedTuple
 from fused_optim.kernels.triton import product_shapes
 from fused_optim.kernels.triton.product_shapes import Shape
 
-from .compiled import check_triton, run, write
+from .compiled import CAPABILITIES, check_triton, command_line, run, write
 from .machine_code import Instruction, disassemble, instructions
-from .record import add_out
 
-CAPABILITIES = (80, 90, 100)
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Of which a program can have at most so many; the next KiB is the system's."""
@@ -239,11 +236,8 @@ def triangles(sizes: Iterable[int] = (1024, 2048, 4096, 8192)) -> str:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench static_products", description=__doc__)
-    add_out(parser, "at the end")
-    parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities")
+    parser = command_line("static_products", __doc__)
     parser.add_argument("--quick", action="store_true", help="just what the tests compile")
-    parser.add_argument("--workers", type=int, help="compiling processes (default: one a core)")
     options = parser.parse_args(argv)
     check_triton(parser)
     reports = run(report, quick_jobs() if options.quick else jobs(options.sm), options.workers)

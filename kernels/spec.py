@@ -1,4 +1,4 @@
-"""The vocabulary of the house: what a codec, a slot, a rule and a cut are.
+"""The vocabulary of the house: what a codec, a slot and a rule are.
 
 Imports neither torch nor triton, so that tools can read the catalogues anywhere.
 """
@@ -16,15 +16,6 @@ Hyper = Mapping[str, Any]
 
 ROW_HEADER = 4
 """Words of a row before the rule's scalars: ``active``, ``g_scale``, and two integers, seed and step."""
-
-
-class Cut(Enum):
-    """Why a rule cannot be one pass over memory: what it must know before it may finish."""
-
-    NONE = "none"
-    ROW = "row"
-    TENSOR = "tensor"
-    MATRIX = "matrix"
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,6 @@ class Rule:
     slots: tuple[Slot, ...]
     scalars: tuple[str, ...]
     row: Callable[[Hyper, Any], tuple[Any, ...]]
-    cut: Cut = Cut.NONE
     shared: tuple[tuple[str, Per], ...] = ()
     inner: Rule | None = None
     group: int = 0

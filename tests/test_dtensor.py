@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 import fused_optim
 from fused_optim.sparsity import SRSTE, MaskedDecay, OneShot
+from tests.readme import code_of
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
 CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -97,6 +98,33 @@ def _check_masks(mesh: Any) -> None:
         fused_optim.AdamW([param], sparsity=SRSTE(strict=True))
 
 
+class _Layers(torch.nn.Module):
+    """A model as the README's recipe takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(65, 65) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square()
+
+
+def _check_the_recipe() -> None:
+    """What the README does with FSDP2 is a step of the whole model."""
+    model, whole, batch = _Layers(), _Layers(), torch.randn(4, 65)
+    exec(code_of("FSDP2"), {"model": model, "batch": batch, "torch": torch, "fused_optim": fused_optim})
+    optimizer = fused_optim.AdamW(whole.parameters(), lr=3e-4, state_codec="int8", clip_grad_norm=1.0)
+    whole(batch).mean().backward()
+    optimizer.step()
+    fresh = _Layers()
+    for ours, expected, before in zip(*(m.parameters() for m in (model, whole, fresh)), strict=True):
+        torch.testing.assert_close(ours.detach().full_tensor(), expected.detach(), rtol=0, atol=1e-6)
+        assert (expected - before).abs().max() > 2e-4
+
+
 def _worker(rank: int, port: int) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -118,6 +146,7 @@ def _worker(rank: int, port: int) -> None:
             assert torch.equal(shard.detach().full_tensor(), whole.detach()), (name, placement)
     _check_blocks(mesh)
     _check_masks(mesh)
+    _check_the_recipe()
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param], clip_grad_norm=1.0)
     param.grad = distribute_tensor(gradients[0], mesh, [Shard(0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -89,11 +90,30 @@ def test_options_reach_the_plan(tmp_path: Path) -> None:
     assert (entry["bytes"], entry["rule"]) == (plan_report.bytes_of_parts(expected.memory), "adamw")
 
 
+def test_sparsity_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    options = ["--sparsity", "masked-decay", "--storage", "fp32", "--json", str(path)]
+    assert plan_command.main(["--model", "124m", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "), masked-decay 2:4: 123,551,232 parameters" in lines[0] and max(map(len, lines)) <= 120
+    (entry,) = [e for e in json.loads(path.read_text())["entries"] if e["rule"]]
+    layers = {name: size for name, size in PRESETS["124m"].tensors().items() if "proj" in name}
+    masked = sum(map(math.prod, layers.values()))
+    assert f"Masked: {len(layers)} tensors" in "\n".join(lines)
+    assert (entry["rule"], entry["bytes"]["master"]) == ("adam", 4 * masked)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model", "9t"], "invalid choice: '9t'"),
-        (["--model", "8b", "--config", "config.json"], "--model and --config both name a model"),
+        (["--model", "8b", "--config", "config.json"], "--config and --matrix all name a model; give one"),
+        (["--model", "8b", "--matrix", "8x8"], "--config and --matrix all name a model; give one"),
+        (["--matrix", "8"], "invalid ROWSxCOLUMNS value: '8'"),
+        (["--matrix", "8x6", "--sparsity", "sr-ste"], "masks no parameter"),
+        (["--sparsity", "sparser"], "invalid choice: 'sparser'"),
+        (["--pattern", "1:4"], "--pattern is for a recipe; give --sparsity one-shot"),
+        (["--sparsity", "cast", "--rule", "lion"], "is for CASTAdamS"),
         (["--config", "no/config.json"], "there is no such file; give the config.json of a model"),
         (["--rule", "adan"], "rule 'adan' is unknown; allowed: adam,"),
         (["--storage", "int8"], "parameters cannot be stored as 'int8'; allowed: auto, fp32"),

@@ -14,10 +14,13 @@ import fused_optim
 from fused_optim import FusedOptimizer
 from fused_optim.kernels.spec import Rule
 from fused_optim.precision import keep_fp32
+from fused_optim.sparsity import CAST, SRSTE
 from fused_optim.training import Memory, Storage, plan, plan_report
+from fused_optim.training.config import resolve
 from fused_optim.training.peers import PEERS
 from fused_optim.training.planner import CARDS, DEFAULT_STORAGES
 from fused_optim.training.presets import PRESETS
+from fused_optim.training.sparse import RECIPES, build_recipe
 from tests import cases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,6 +113,57 @@ def test_default_storages_are_the_optimizers(cls: Any, how: str) -> None:
     _step(model, optimizer)
     memory = _predicted(_Model(), {"AdamW": "adamw", "Lion": "lion"}[cls.__name__], chosen)
     assert memory.master + memory.states == _state_bytes(optimizer)
+
+
+class _Sparse(nn.Module):
+    """Parameters that recipes mask, and some that they leave dense."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        sizes = {
+            "embed_tokens": (64, 64),
+            "proj": (68, 64),
+            "odd": (66, 64),
+            "narrow": (64, 66),
+            "norm": (64,),
+        }
+        sizes |= {"experts": (3, 8, 12), "kernel": (8, 8, 3, 3)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.rand(size)))
+        self.transposed = nn.Parameter(torch.rand(72, 68).t())
+        self.to(dtype)
+
+
+@pytest.mark.parametrize("how", ["fp32", "split8+int8", "kahan+int4"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masks_and_dense_weights_are_the_optimizers(recipe: str, how: str) -> None:
+    chosen, sparsity = Storage.parse(how), build_recipe(resolve({"sparsity": recipe}))
+    model = _Sparse(torch.float32 if how == "fp32" else torch.bfloat16)
+    model.odd.requires_grad_(False)
+    cls = fused_optim.CASTAdamS if recipe == "cast" else fused_optim.AdamW
+    codecs = {"param_codec": chosen.param_codec, "state_codec": chosen.state_codec}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = cls(trained, **codecs, sparsity=sparsity, backend="reference")
+    _step(model, optimizer)
+    memory = _predicted(model, "adamw", chosen, sparsity=sparsity)
+    assert memory.master + memory.states == _state_bytes(optimizer)
+    keys = {key for state in optimizer.state.values() for key in state if key.startswith(("param.", "dense"))}
+    assert any(key.startswith("dense") for key in keys) == (recipe not in ("one-shot", "cast"))
+    found = [state[key].nbytes for state in optimizer.state.values() for key in keys & set(state)]
+    assert memory.master == sum(found)
+    masks = [state["mask"].numel() for state in optimizer.state.values() if "mask" in state]
+    assert len(masks) == (3 if recipe == "masked-decay" else 4)
+
+
+def test_recipes_that_do_not_fit() -> None:
+    for message, options in {
+        "masks no parameter: none is meant": {"rules": ["lion"], "sparsity": SRSTE()},
+        "is for CASTAdamS, which keeps what 'adam' keeps": {"sparsity": CAST(total_steps=9)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            plan({"norm": (64,)}, **options)
+    with pytest.raises(TypeError, match="sparsity must be a recipe"):
+        plan({"w": (64, 64)}, sparsity="sr-ste")
 
 
 def _named(name: str, param: Tensor) -> bool:

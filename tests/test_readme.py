@@ -14,10 +14,10 @@ import torch
 
 import fused_optim
 from bench import masks, newton_schulz, step
-from fused_optim.training import plan, pretrain
+from fused_optim.training import plan, plan_command, pretrain
+from tests.readme import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
 
 
@@ -138,7 +138,7 @@ def test_trainings() -> None:
 
 @pytest.mark.parametrize("block", re.findall(r"^```py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 def test_recipes_use_our_names_and_arguments(block: str) -> None:
-    """What needs packages that the tests do not have: syntax, our classes, our arguments."""
+    """What may need packages that are not here: syntax, our classes, our arguments."""
     tree = ast.parse(block)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     ours = {
@@ -180,6 +180,21 @@ def test_bytes_of_the_guide() -> None:
         storage = f"{given.get('param_codec', 'fp32')}+{state}"
         found = plan({"w": (4096, 4096)}, rules=[rule], storages=[storage], peers=False)
         _says(said, found.entries[0].memory.kept / found.parameters)
+
+
+def test_bytes_of_the_recipes(tmp_path: Path) -> None:
+    """The command that the README names gives the bytes of every recipe."""
+    found = re.search(
+        r"`python -m fused_optim plan (--matrix [^`]*) --sparsity [\w-]+`", " ".join(TEXT.split())
+    )
+    assert found is not None
+    path = tmp_path / "plan.json"
+    for _, _, said, name in _rows("recipe"):
+        recipe = ["--sparsity", name.strip("`")] if name else []
+        assert plan_command.main([*found[1].split(), *recipe, "--no-peers", "--json", str(path)]) == 0
+        entries = json.loads(path.read_text())["entries"]
+        for text, entry in zip(said.replace("(", "").split(), entries, strict=True):
+            _says(text, entry["bytes_per_parameter"]["kept"])
 
 
 def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:

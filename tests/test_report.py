@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import charts, found, report
+from bench import charts, found, learning_sections, report, sections, static_products
+from bench.section import Section
+from fused_optim.training import plan
+from fused_optim.training.plan_report import as_json
 
 VOID = {"meta", "img", "br"}
 SUMMARY = {
@@ -28,6 +32,26 @@ SUMMARY = {
     "activation_bytes": 2**20,
     "mean_spectral_norm": 2.0,
 }
+PRODUCT = static_products.Report(
+    product="gram",
+    dtype="bf16",
+    sm=90,
+    tile="128x256x64",
+    fed_by="boxes",
+    by_columns=False,
+    warps=8,
+    stages=4,
+    registers=170,
+    spilled=0,
+    shared=196640,
+    resident=1,
+    tensor={"wgmma.m64n128k16": 4},
+    multiplied=1,
+    expected=1,
+    accesses={},
+    issued=9.0,
+    tensor_clocks=512.0,
+)
 
 
 class Page(HTMLParser):
@@ -80,7 +104,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_result_is_on_the_page(written: Path) -> None:
     page = Page(written.read_text())
     results, left_out = found.find(report.RESULTS)
-    assert len(results) >= 8 and "the command" in page.text
+    assert len(results) >= 10 and "the command" in page.text
     for path, why in left_out.items():
         assert f"{path.relative_to(report.RESULTS)}: {why}" in page.text
     for path, _, data in results:
@@ -115,6 +139,19 @@ def _training(label: str) -> dict[str, Any]:
         "optimizer_seconds": [0.01] * 3,
         "memory": {"parameters": 4000, "gradients": 4000, "states": 8000, "activations": 9000},
         "spectral_norms": {},
+    }
+
+
+def _recipe(case: str, loss: float | None) -> dict[str, Any]:
+    curve = [[step, loss] for step in range(1, 6)]
+    config = {"steps": 5, "batch_size": 2, "sequence_length": 8}
+    return {
+        "case": case,
+        "seed": 3,
+        "config": config,
+        "validation_loss": loss,
+        "validation": curve,
+        "train_loss": curve,
     }
 
 
@@ -160,14 +197,42 @@ def _files() -> dict[str, Any]:
             "machine": machine,
             "kernels": [{**kernel, "arithmetic": kind, "share": 0.3} for kind in ("exact", "fast")],
         },
+        "static_products": {
+            "kind": "static_products",
+            "machine": machine,
+            "kernels": [asdict(PRODUCT)],
+        },
+        "recipes": {
+            "machine": machine,
+            "final_tokens": 4096,
+            "table": ["| case | density |", "|---|---|", "| dense | 100.0 % |", "| cast | 50.0 % |"],
+            "rows": [_recipe("dense", 2.0), _recipe("cast", 2.5), _recipe("sr-ste", None)],
+        },
+        "plan": as_json(
+            plan(
+                {"w": (4096, 4096)},
+                rules=["sgd"],
+                storages=["fp32"],
+                gpus=8,
+                shard="all",
+                peers=False,
+                name="A model",
+            )
+        ),
+        "parts": {"gpu": "", "seconds": 31, "parts": {"tests": {"state": "stopped after 9 s", "seconds": 9}}},
         "quick": {"quick": True, "kind": "step", "cases": [{}]},
         "empty": {"kind": "products", "cases": []},
+        "no_kernels": {"kind": "static", "kernels": []},
         "other": {"kind": "else"},
         "list": [1],
     }
 
 
-def test_other_kinds_are_shown_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_kinds_are_shown_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The chart that every page has is drawn above.
+    monkeypatch.setattr(learning_sections, "memory", lambda out: Section("Memory", {}))
     results = tmp_path / "results"
     results.mkdir()
     for name, content in _files().items():
@@ -183,12 +248,34 @@ def test_other_kinds_are_shown_or_named(tmp_path: Path, capsys: pytest.CaptureFi
         "This version beside main",
         "A processor, 3 cores",
         "Compiled kernels, sm_90",
+        "4xwgmma.m64n128k16",
+        "sr-ste diverged: it is not in the chart",
+        "seed 3. The table's losses are of 4096 bytes",
+        "50.0 %",
+        "Memory of training: A model",
+        "8 GPUs: everything is split evenly",
+        "no GPU: a dry run",
+        "stopped after 9 s, 9 s",
     )
     for text in (*shown, "Pretraining: 1,000 parameters", "fused_optim AdamW fp32"):
         assert text in page.text, text
-    for name in ("quick", "empty", "other", "list", "broken"):
+    for name in ("quick", "empty", "no_kernels", "other", "list", "broken"):
         assert f"left out: {name}.json: " in printed and f"{name}.json: " in page.text
-    assert len(page.images) == 5
+    assert len(page.images) == 6
+
+
+def test_only_one_size_changes_in_the_scaling() -> None:
+    shapes = {"1x8": (1, 8), "4x8": (4, 32), "4x16": (4, 64), "8x8": (8, 64), "64x1": (64, 64)}
+    row = {"label": "ours", "source": "fused_optim", "status": "ok"}
+    cases = [
+        {"shapes": name, "tensors": tensors, "elements": elements, "gradients": "fresh"}
+        | {"rows": [{**row, "ms": {"median": elements + tensors}}]}
+        for name, (tensors, elements) in shapes.items()
+    ]
+    (grown, label, _), (cut, _, _) = sections._scaling(cases)
+    assert label == "parameters, 8 in each tensor"
+    assert [x for x, _ in grown[0].points] == [8, 32, 64] and grown[0].points[-1][1] == 64 + 8
+    assert cut[0].notes == ["4x16", "8x8", "64x1"]
 
 
 def test_many_cases_are_cut_into_figures_that_can_be_read() -> None:

@@ -1,5 +1,6 @@
 """Training with these optimizers: :func:`plan` says what fits, ``pretrain`` is all of it in one command."""
 
-from .planner import Memory, Plan, Storage, plan
+from .planner import Plan, plan
+from .storages import Memory, Storage
 
 __all__ = ["Memory", "Plan", "Storage", "plan"]

@@ -15,8 +15,8 @@ from ..kernels.dispatch import BACKENDS
 from .data import UsageError
 from .model import DTYPES, PRESETS
 from .optimizers import OPTIMIZERS
-from .planner import Storage
 from .sparse import RECIPES, build_recipe
+from .storages import Storage
 
 _FREE_ON_RESUME = {"resume", "out", "checkpoint_every"}
 
@@ -59,8 +59,11 @@ class PretrainConfig:
     checkpoint_every: int
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UsageError` where others print and exit."""
+
     def error(self, message: str) -> NoReturn:
+        """Says what is wrong."""
         raise UsageError(f"{message} (--help lists all options)")
 
 
@@ -73,7 +76,7 @@ _norm_or_none.__name__ = "number (or none)"
 
 def build_parser() -> argparse.ArgumentParser:
     """Only options that were given appear in the result."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fused_optim pretrain",
         description="Pretrains a byte-level Llama on real text, with our optimizer and, beside it, torch's.",
         argument_default=argparse.SUPPRESS,

@@ -14,8 +14,8 @@ import fused_optim
 from ..kernels.codecs import CODECS, OF_DTYPE
 from ..spectral import SpectralClip
 from .model import decay_groups
-from .planner import Storage
 from .sparse import build_recipe, lr_factor, separate
+from .storages import Storage
 
 
 @dataclass(frozen=True)

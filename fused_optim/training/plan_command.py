@@ -9,29 +9,36 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..recipe import Sparsity
+from .config import Parser, resolve
 from .data import UsageError
 from .model import DTYPES
 from .plan_report import as_json
-from .planner import DEFAULT_RULES, DEFAULT_STORAGES, SHARDS, plan
+from .planner import DEFAULT_RULES, DEFAULT_STORAGES, plan
 from .presets import PRESETS
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists all options)")
+from .sparse import RECIPES, build_recipe
+from .storages import SHARDS
 
 
 def _size_or_pattern(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _rows_and_columns(text: str) -> tuple[int, int]:
+    rows, columns = map(int, text.split("x"))
+    return rows, columns
+
+
+_rows_and_columns.__name__ = "ROWSxCOLUMNS"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m fused_optim plan",
         description="Memory of training under each rule and storage, beside other libraries' AdamW: "
         "bytes per parameter, GB, and the cards that hold it. Activations are not included. No allocation.",
@@ -41,8 +48,19 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(f"{name} ({shape.model})" for name, shape in PRESETS.items())
     add("--model", choices=PRESETS, metavar="NAME", type=str.lower, help=f"{names}; default: 8b")
     add("--config", metavar="FILE", help="a transformers config.json instead (needs transformers)")
+    add(
+        "--matrix",
+        type=_rows_and_columns,
+        metavar="ROWSxCOLUMNS",
+        help="one matrix of a hidden layer instead",
+    )
     add = parser.add_argument_group("storage").add_argument
-    add("--rule", action="append", metavar="NAME", help=f"repeatable; default: {' '.join(DEFAULT_RULES)}")
+    add(
+        "--rule",
+        action="append",
+        metavar="NAME",
+        help=f"repeatable; default: {' '.join(DEFAULT_RULES)}, {DEFAULT_RULES[0]} with --sparsity",
+    )
     add(
         "--storage",
         action="append",
@@ -59,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         help="states that stay in fp32: of tensors with fewer values or of such names; repeatable; "
         "default: 4096",
     )
+    add("--sparsity", choices=RECIPES, help="a recipe of pretrain: masks, and weights behind them")
+    add("--pattern", metavar="N:M", help="N weights are kept of M neighbours (default: 2:4)")
     add("--no-peers", action="store_true", help="leave other libraries out")
     add = parser.add_argument_group("GPUs").add_argument
     add("--gpus", type=int, default=1, metavar="N", help="default: 1")
@@ -92,25 +112,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _model(given: argparse.Namespace) -> tuple[str, Any]:
+    """Its name, and what :func:`plan` takes."""
+    if sum(value is not None for value in (given.model, given.config, given.matrix)) > 1:
+        raise UsageError("--model, --config and --matrix all name a model; give one of them")
+    if given.config:
+        return given.config, from_config(given.config)
+    if given.matrix:
+        return "x".join(map(str, given.matrix)), {"matrix": given.matrix}
+    preset = given.model or "8b"
+    return f"{preset} ({PRESETS[preset].model})", PRESETS[preset].tensors()
+
+
+def _recipe(given: argparse.Namespace) -> Sparsity | None:
+    """As ``pretrain`` builds it."""
+    options = {name: getattr(given, name) for name in ("sparsity", "pattern")}
+    return build_recipe(resolve({name: value for name, value in options.items() if value is not None}))
+
+
 def _run(given: argparse.Namespace) -> int:
-    if given.model and given.config:
-        raise UsageError("--model and --config both name a model; give one of them")
     if given.png:
         _need("matplotlib", "--png")
     for path in filter(None, (given.json, given.png)):
         if not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder does not exist; make it first or give another file")
-    preset = given.model or "8b"
+    recipe = _recipe(given)
+    name, model = _model(given)
     found = plan(
-        from_config(given.config) if given.config else PRESETS[preset].tensors(),
-        rules=given.rule or DEFAULT_RULES,
+        model,
+        rules=given.rule or (DEFAULT_RULES if recipe is None else DEFAULT_RULES[:1]),
         storages=given.storage or DEFAULT_STORAGES,
         grad_dtype=given.grad_dtype,
         gpus=given.gpus,
         shard=given.shard,
         keep_fp32=given.keep_fp32 or 4096,
+        sparsity=recipe,
         peers=not given.no_peers,
-        name=given.config or f"{preset} ({PRESETS[preset].model})",
+        name=name if recipe is None else f"{name}, {given.sparsity} {recipe.n}:{recipe.m}",
     )
     if given.json:
         with _writing(given.json):

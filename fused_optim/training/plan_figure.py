@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .plan_report import heading, sections
-from .planner import CARDS, PARTS, Entry, Plan
+from .planner import CARDS, Entry, Plan
+from .storages import PARTS
 
 # Okabe and Ito's palette, told apart with any colour vision, in an order of alternating lightness.
 _COLORS = {"weights": "#0072B2", "master": "#F0E442", "gradients": "#56B4E9", "states": "#D55E00"}

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from .peers import PEERS
-from .planner import CARDS, PARTS, Entry, Memory, Plan, find_rule
+from .planner import CARDS, Entry, Plan, find_rule
+from .storages import PARTS, Memory
 
 PEERS_TITLE = "AdamW of other libraries"
 _BYTES = ("weights", "master", "states", "kept", "gradients", "total")

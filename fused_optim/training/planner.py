@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import nn
 
-from .. import storage as stored
-from ..kernels.codecs import CODECS, PARAM_CODECS, STATE_CODECS
 from ..kernels.rules import RULES
-from ..kernels.spec import Plane, Rule
+from ..kernels.spec import Rule
 from ..precision import SMALL, KeepFp32, check_keep_fp32
+from ..recipe import Sparsity
+from ..recipes import CAST
+from .counter import Counter, count_peer, parameters_of
 from .model import DTYPES
-from .peers import PEERS, Peer
+from .peers import PEERS
+from .storages import SHARDS, Memory, Storage
 
 Shapes: TypeAlias = "Mapping[str, Sequence[int]]"
 
-SHARDS = ("none", "states", "all")
 CARDS = (24, 48, 80, 141)
 """Memory of common GPUs in GB of 10**9 bytes."""
-
-PARTS = ("weights", "master", "gradients", "states")
 
 DEFAULT_RULES = ("adam", "lion")
 DEFAULT_STORAGES = (
@@ -43,102 +39,6 @@ DEFAULT_STORAGES = (
 )
 
 _RULE_OF_CLASS = {"adamw": "adam", "adamw_amsgrad": "adam_amsgrad"}
-_SHORT = {name.removeprefix("bf16_"): name for name in PARAM_CODECS if name.startswith("bf16_")}
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How parameters and states are kept: the options ``param_codec`` and ``state_codec`` of an optimizer.
-
-    Attributes:
-        name: in tables.
-        param_codec: the parameters are converted to its dtype first; ``"auto"`` leaves them as they are.
-        state_codec: one codec, or one for each state by name.
-    """
-
-    name: str
-    param_codec: str = "auto"
-    state_codec: str | Mapping[str, str] = "auto"
-
-    def __post_init__(self) -> None:
-        """Checks the names.
-
-        Raises:
-            ValueError: a codec that does not exist.
-        """
-        states = self.state_codec.values() if isinstance(self.state_codec, Mapping) else (self.state_codec,)
-        for kind, names, known in (
-            ("parameters", (self.param_codec,), PARAM_CODECS),
-            ("states", states, STATE_CODECS),
-        ):
-            for name in names:
-                if name != "auto" and name not in known:
-                    raise ValueError(
-                        f"storage {self.name!r}: {kind} cannot be stored as {name!r}; allowed: auto, "
-                        f"{', '.join(known)}"
-                    )
-
-    @classmethod
-    def parse(cls, text: str) -> Storage:
-        """The storage that ``PARAM`` or ``PARAM+STATES`` names.
-
-        Args:
-            text: a codec of the parameters (``split8``, ``kahan``, ``sr`` … are short for
-                ``bf16_split8`` …) and, after a plus, one of the states (default: ``auto``, fp32).
-
-        Raises:
-            ValueError: a codec that does not exist.
-
-        Example:
-            >>> from fused_optim.training.planner import Storage
-            >>> Storage.parse("split8+int8")
-            Storage(name='split8+int8', param_codec='bf16_split8', state_codec='int8')
-        """
-        param, _, states = text.partition("+")
-        return cls(text, _SHORT.get(param, param), _SHORT.get(states, states) or "auto")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of training, without activations.
-
-    Attributes:
-        weights: the model's parameters.
-        master: what the optimizer keeps beside them to make them more precise.
-        gradients: one for each parameter that is trained.
-        states: moments, with their scales.
-    """
-
-    weights: int
-    master: int
-    gradients: int
-    states: int
-
-    @property
-    def total(self) -> int:
-        """All four together."""
-        return self.kept + self.gradients
-
-    @property
-    def kept(self) -> int:
-        """What stays between two steps: weights, master and states."""
-        return self.weights + self.master + self.states
-
-    def on_each(self, gpus: int, shard: str) -> Memory:
-        """The share of one GPU, rounded up.
-
-        Args:
-            gpus: how many share.
-            shard: ``"none"`` copies everything, ``"states"`` splits states and master weights (ZeRO-1),
-                ``"all"`` splits everything (FSDP).
-
-        Example:
-            >>> from fused_optim.training import Memory
-            >>> Memory(weights=200, master=100, gradients=200, states=201).on_each(2, "states")
-            Memory(weights=200, master=50, gradients=200, states=101)
-        """
-        shared = {"none": (), "states": ("master", "states"), "all": PARTS}[shard]
-        return replace(self, **{part: -(-getattr(self, part) // gpus) for part in shared})
 
 
 @dataclass(frozen=True)
@@ -200,6 +100,7 @@ def plan(
     gpus: int = 1,
     shard: str = "none",
     keep_fp32: KeepFp32 = SMALL,
+    sparsity: Sparsity | None = None,
     peers: bool = True,
     name: str | None = None,
 ) -> Plan:
@@ -218,11 +119,13 @@ def plan(
         gpus: GPUs that train together.
         shard: what they share, see :meth:`Memory.on_each`.
         keep_fp32: which states stay in fp32, as in the optimizer.
+        sparsity: a recipe, as in the optimizer; parameters go by the names that they have here.
         peers: whether other libraries' AdamW is listed, too.
         name: of the model in the table.
 
     Raises:
-        ValueError: a name that does not exist, a storage that does not fit a parameter, no parameters.
+        ValueError: a name that does not exist, a storage that does not fit a parameter, no parameters, a
+            recipe that masks none of them or goes with other rules.
         TypeError: a model that is neither a module nor shapes, or parameters that cannot be updated.
 
     Example:
@@ -231,23 +134,23 @@ def plan(
         >>> found.entries[0].memory.kept / found.parameters
         5.03125
     """
-    _check(rules, grad_dtype, gpus, shard, keep_fp32)
+    _check(rules, grad_dtype, gpus, shard, keep_fp32, sparsity)
     wanted = [Storage.parse(item) if isinstance(item, str) else item for item in storages]
     if not rules or not wanted:
         raise ValueError("there is nothing to plan; give at least one rule and one storage")
-    params = _parameters(model)
+    params = parameters_of(model)
     numels = [param.numel() for param in params.values()]
     if not sum(numels):
         raise ValueError("the model has no parameters; pass one that has, or the shapes of its parameters")
-    counter = _Counter(params, grad_dtype, keep_fp32)
+    counter = Counter(params, grad_dtype, keep_fp32, sparsity)
     found = [(rule, item.name, counter.count(find_rule(rule), item)) for rule in rules for item in wanted]
-    theirs = [(None, key, _count_peer(params, peer)) for key, peer in PEERS.items()] if peers else []
+    theirs = [(None, key, count_peer(params, peer)) for key, peer in PEERS.items()] if peers else []
     entries = [
         Entry(rule, item, memory, memory.on_each(gpus, shard)) for rule, item, memory in [*found, *theirs]
     ]
     label = name or (type(model).__name__ if isinstance(model, nn.Module) else "shapes")
-    notes = _notes(shard, wanted, peers)
-    return Plan(label, sum(numels), len(numels), gpus, shard, tuple(entries), notes)
+    notes = [*_notes_on_masks(counter, sum(numels), peers), *_notes(wanted, peers)]
+    return Plan(label, sum(numels), len(numels), gpus, shard, tuple(entries), tuple(notes))
 
 
 def find_rule(name: str) -> Rule:
@@ -255,7 +158,9 @@ def find_rule(name: str) -> Rule:
     return RULES[_RULE_OF_CLASS.get(name, name)]
 
 
-def _check(rules: Sequence[str], grad_dtype: str | None, gpus: int, shard: str, keep_fp32: Any) -> None:
+def _check(
+    rules: Sequence[str], grad_dtype: str | None, gpus: int, shard: str, keep_fp32: Any, sparsity: Any
+) -> None:
     for given in rules:
         if given not in RULES and given not in _RULE_OF_CLASS:
             raise ValueError(f"rule {given!r} is unknown; allowed: {', '.join([*RULES, *_RULE_OF_CLASS])}")
@@ -268,111 +173,28 @@ def _check(rules: Sequence[str], grad_dtype: str | None, gpus: int, shard: str, 
     if shard not in SHARDS:
         raise ValueError(f"shard={shard!r} is unknown; allowed: {', '.join(SHARDS)}")
     check_keep_fp32(keep_fp32)
+    if not isinstance(sparsity, Sparsity | None):
+        raise TypeError(f"sparsity must be a recipe of fused_optim.sparsity or None, got {sparsity!r}")
+    if isinstance(sparsity, CAST) and any(find_rule(given).name != "adam" for given in rules):
+        raise ValueError(
+            f"{sparsity!r} is for CASTAdamS, which keeps what 'adam' keeps; give that rule alone"
+        )
 
 
-def _parameters(model: Any) -> dict[str, Tensor]:
-    """Every parameter by name; shapes become tensors without memory."""
-    if isinstance(model, nn.Module):
-        params: dict[str, Tensor] = dict(model.named_parameters())
-        for name, param in params.items():
-            if isinstance(param, UninitializedParameter):
-                raise ValueError(f"{name} has no shape yet; run the module on an input once")
-            if stored.is_dtensor(param):
-                raise TypeError(
-                    f"{name} is a DTensor; plan the module before it is sharded, with gpus and shard"
-                )
-        return params
-    if not isinstance(model, Mapping):
-        raise TypeError(f"model must be an nn.Module or shapes by name, got {type(model).__name__}")
-    return {name: _shaped(name, shape) for name, shape in model.items()}
+def _notes_on_masks(counter: Counter, parameters: int, peers: bool) -> list[str]:
+    recipe = counter.sparsity
+    if recipe is None:
+        return []
+    masked = counter.masked(RULES["adam"])
+    if not masked:
+        raise ValueError(f"{recipe!r} masks no parameter: none is meant by apply_to and fits the pattern")
+    share = sum(param.numel() for param in masked) / parameters
+    dense = ", the dense weights behind them under master" if recipe.keeps_dense else ""
+    notes = [f"Masked: {len(masked)} tensors, {share:.1%} of the parameters; masks are under states{dense}."]
+    return [*notes, "Other libraries train dense weights."] if peers else notes
 
 
-def _shaped(name: str, shape: Any) -> Tensor:
-    sizes = list(shape) if isinstance(shape, Sequence) else [shape]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-        raise ValueError(f"the shape of {name!r} must be a sequence of integers of 0 or more, got {shape!r}")
-    return torch.empty(sizes, device="meta", requires_grad=True)
-
-
-def _converted(params: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The parameters without memory, real ones in another dtype if one is given."""
-    out: dict[str, Tensor] = {}
-    for name, param in params.items():
-        own = dtype if dtype and param.is_floating_point() else param.dtype
-        out[name] = torch.empty(param.shape, dtype=own, device="meta", requires_grad=param.requires_grad)
-        # The marks that keep_fp32 leaves on a parameter, and whatever else a predicate may look for.
-        vars(out[name]).update(vars(param))
-    return out
-
-
-class _Counter:
-    """Counts a model's memory under one storage after another, asking the optimizer's own functions."""
-
-    def __init__(self, params: Mapping[str, Tensor], grad_dtype: str | None, keep_fp32: KeepFp32) -> None:
-        self.params, self.grad_dtype, self.keep_fp32 = params, grad_dtype, keep_fp32
-        self.converted: dict[torch.dtype | None, dict[str, Tensor]] = {}
-        self.sizes: dict[tuple[Any, ...], int] = {}
-
-    def count(self, rule: Rule, storage: Storage) -> Memory:
-        """The bytes of the whole model."""
-        group = {
-            "param_codec": storage.param_codec,
-            "state_codec": storage.state_codec,
-            "keep_fp32": self.keep_fp32,
-        }
-        weights = master = gradients = states = 0
-        for name, param in self._in_dtype_of(storage).items():
-            weights += param.nbytes
-            if not param.requires_grad:
-                continue
-            gradients += self._gradient(name, param)
-            codec, codecs = stored.codecs(name, name, param, group, rule)
-            beside = {"param" + plane.suffix for plane in codec.planes[1:]}
-            for key, plane in stored.planes_of(codec, rule, codecs).items():
-                nbytes = self._plane(param, plane)
-                master += nbytes * (key in beside)
-                states += nbytes * (key not in beside)
-        return Memory(weights, master, gradients, states)
-
-    def _in_dtype_of(self, storage: Storage) -> dict[str, Tensor]:
-        codec = None if storage.param_codec == "auto" else CODECS[storage.param_codec]
-        dtype = None if codec is None else getattr(torch, codec.planes[0].dtype)
-        if dtype not in self.converted:
-            self.converted[dtype] = _converted(self.params, dtype)
-            for name, param in self.converted[dtype].items():
-                if param.requires_grad:
-                    stored.check_parameter(name, param)
-        return self.converted[dtype]
-
-    def _gradient(self, name: str, param: Tensor) -> int:
-        key = param.shape, param.dtype
-        if key not in self.sizes:
-            dtype = DTYPES[self.grad_dtype] if self.grad_dtype else param.dtype
-            grad = torch.empty(param.shape, dtype=dtype, device="meta")
-            stored.check_gradient(name, param, grad, needs_norm=False)
-            self.sizes[key] = grad.nbytes
-        return self.sizes[key]
-
-    def _plane(self, param: Tensor, plane: Plane) -> int:
-        key = param.shape, param.dtype, plane
-        if key not in self.sizes:
-            shape = stored.plane_shape(plane, param)
-            self.sizes[key] = math.prod(shape) * stored._plane_dtype(param, plane).itemsize
-        return self.sizes[key]
-
-
-def _count_peer(params: Mapping[str, Tensor], peer: Peer) -> Memory:
-    everything = sum(param.numel() for param in params.values())
-    trained = [param.numel() for param in params.values() if param.requires_grad]
-    return Memory(
-        weights=everything * peer.weight_bytes,
-        master=sum(trained) * peer.master_bytes,
-        gradients=sum(trained) * peer.weight_bytes,
-        states=2 * peer.state.stored(trained),
-    )
-
-
-def _notes(shard: str, storages: Sequence[Storage], peers: bool) -> tuple[str, ...]:
+def _notes(storages: Sequence[Storage], peers: bool) -> list[str]:
     notes = [
         "Activations, buffers of communication and what the allocator wastes are not included.",
         "GB and the cards' memory are 10^9 bytes.",
@@ -383,4 +205,4 @@ def _notes(shard: str, storages: Sequence[Storage], peers: bool) -> tuple[str, .
         notes.append(
             "Plain bf16 weights lose updates smaller than their last bit; sr, kahan and split keep them."
         )
-    return tuple(notes)
+    return notes

@@ -26,7 +26,7 @@ import torch
 
 import fused_optim
 import fused_optim.kernels
-from fused_optim.kernels.native import library
+from fused_optim.kernels.native import cpu, library
 
 from .cases import Case
 from .machine import last_level_cache
@@ -63,15 +63,17 @@ def _cache() -> Path:
     return Path(home or Path.home() / ".cache") / "fused_optim" / "commits"
 
 
-def compile_libraries(sources: Path, lib: Path, cuda: bool) -> None:
-    """Builds csrc/ as an installation does."""
+def compile_libraries(sources: Path, lib: Path, with_cuda: bool) -> None:
+    """Builds csrc/ as an installation does, for this machine's best instruction set alone."""
     scripts = sysconfig.get_path("scripts")
     cmake = shutil.which("cmake", path=f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}")
     if cmake is None:
         raise BaseError("--base builds csrc/ and needs CMake: pip install cmake")
     with tempfile.TemporaryDirectory() as build:
-        switch = f"-DFUSED_OPTIM_CUDA={'ON' if cuda else 'OFF'}"
-        for command in (["-S", sources, "-B", build, switch], ["--build", build, "--parallel"]):
+        switches = [f"-DFUSED_OPTIM_CUDA={'ON' if with_cuda else 'OFF'}"]
+        if cpu.unavailable() is None:
+            switches.append(f"-DFUSED_OPTIM_ISAS={cpu.isas()[0]}")
+        for command in (["-S", sources, "-B", build, *switches], ["--build", build, "--parallel"]):
             done = subprocess.run([cmake, *command], capture_output=True, text=True)
             if done.returncode:
                 raise BaseError(f"{sources} could not be built:\n{(done.stdout + done.stderr)[-2000:]}")

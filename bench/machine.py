@@ -61,7 +61,8 @@ def _commit() -> str | None:
 
 def source_digest() -> str:
     """A hash of the package that was imported and of csrc/: names what ran, also without git."""
-    roots = {Path(root) for root in [*fused_optim.__path__, *fused_optim.kernels.__path__]}
+    # Not fused_optim's __path__, which has the whole checkout in an editable installation.
+    roots = [Path(fused_optim.__file__).parent, *map(Path, fused_optim.kernels.__path__)]
     files = {file.resolve() for root in roots for file in root.rglob("*.py")}
     files |= {file for file in (_ROOT / "csrc").glob("*") if file.is_file()}
     digest = hashlib.sha256()

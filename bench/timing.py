@@ -166,6 +166,9 @@ def interleave(
     share = budget_s / max(len(timed), 1)
     enabled = gc.isenabled()
     gc.disable()
+    # What there is already, torch's half a million objects, is not looked through in every round.
+    gc.collect()
+    gc.freeze()
     try:
         for round_ in range(rounds):
             for item in timed:
@@ -173,6 +176,7 @@ def interleave(
                     item.sample(round_, sweep)
             gc.collect()
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 

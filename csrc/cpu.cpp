@@ -37,7 +37,9 @@ const NamedIsa* isas() {
 #ifdef FO_HAVE_AVX2
       {"avx2", &avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
 #endif
+#ifdef FO_HAVE_PORTABLE
       {"portable", &portable, true},
+#endif
       {nullptr, nullptr, false},
   };
   return list;

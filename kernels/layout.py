@@ -68,11 +68,12 @@ def follows(state: Tensor, param: Tensor) -> bool:
     return True
 
 
-def flat(plane: Tensor, param: Tensor) -> Tensor:
+def flat(plane: Tensor, param: Tensor, order: list[int] | None = None) -> Tensor:
     """A plane's memory with the dimensions in the order in which the parameter's lie, as a view.
 
-    Planes of another shape (scales, packed codes) are in that order already.
+    Planes of another shape (scales, packed codes) are in that order already. ``order`` is that of the
+    parameter if it is known.
     """
-    if plane.shape != param.shape:
+    if param.ndim < 2 or plane.shape != param.shape:
         return plane
-    return plane.permute(memory_order(param))
+    return plane.permute(memory_order(param) if order is None else order)

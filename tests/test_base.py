@@ -56,14 +56,14 @@ def test_a_commit_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_libraries_are_built(tmp_path: Path) -> None:
-    base.compile_libraries(ROOT / "csrc", tmp_path / "lib", cuda=False)
+    base.compile_libraries(ROOT / "csrc", tmp_path / "lib", with_cuda=False)
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["libfused_optim_cpu.so"]
 
 
 def test_sources_that_do_not_compile_are_shown(tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text("message(FATAL_ERROR broken)")
     with pytest.raises(base.BaseError, match="broken"):
-        base.compile_libraries(tmp_path, tmp_path / "lib", cuda=False)
+        base.compile_libraries(tmp_path, tmp_path / "lib", with_cuda=False)
 
 
 def test_runs_into_a_folder_keep_their_own_files(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fused_optim
+from fused_optim.kernels.native import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fails the build at once if its back end, or anything it starts, imports torch.
@@ -22,11 +23,12 @@ NO_TORCH = "raise ImportError('the build must not import torch')"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel without the CUDA library, whose compilation other tests cover."""
+    """The wheel for one instruction set and without the CUDA library: other tests compile all."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "hidden" / "torch").mkdir(parents=True)
     (folder / "hidden" / "torch" / "__init__.py").write_text(NO_TORCH)
     settings = {"build-dir": str(folder / "build"), "cmake.define.FUSED_OPTIM_CUDA": "OFF"}
+    settings["cmake.define.FUSED_OPTIM_ISAS"] = cpu.isas()[0]
     hook = f"import scikit_build_core.build as b; print(b.build_wheel({str(folder)!r}, {settings!r}))"
     done = subprocess.run(
         [sys.executable, "-c", hook],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..layout import flat
+from ..layout import flat, memory_order
 from .codecs import CODECS
 from .masking import rule_of
 from .philox import Stream
@@ -27,30 +26,34 @@ def lacks(_: object) -> bool:
     return False
 
 
-def _write(planes: Sequence[Tensor], values: Sequence[Tensor], order_of: Tensor, active: Tensor) -> None:
-    for plane, value in zip(planes, values, strict=True):
-        memory = flat(plane, order_of)
-        memory.copy_(torch.where(active, value.view(memory.shape), memory))
-
-
 def step(bucket: Launch) -> None:
     """Updates every tensor of the bucket whose row is active."""
     rule, codecs = rule_of(bucket.rule), [CODECS[c.name] for c in (bucket.param, *bucket.states)]
+    rows = [row.unbind() for row in bucket.rows]
+    # Only here does the host know.
+    asleep = [bucket.device.type == "cpu" and row[0] == 0 for row in rows]
     for index, row_index in enumerate(bucket.row_indices):
+        if asleep[row_index]:
+            continue
         seed, step_number = bucket.random_key(row_index)
-        active, g_scale, _, _, *k = bucket.rows[row_index].unbind()
-        active = active != 0
+        active, g_scale, _, _, *k = rows[row_index]
         param = bucket.params[index]
-        homes = [bucket.param_planes[index], *bucket.state_planes[index]]
+        order = memory_order(param)
+        homes = [
+            [flat(plane, param, order) for plane in planes]
+            for planes in (bucket.param_planes[index], *bucket.state_planes[index])
+        ]
         p, *s = (
-            codec.decode([flat(plane, param).flatten() for plane in planes])[: param.numel()]
+            codec.decode([plane.reshape(-1) for plane in planes])[: param.numel()]
             for codec, planes in zip(codecs, homes, strict=True)
         )
-        g = flat(bucket.grads[index], param).flatten().to(p.dtype)
+        g = flat(bucket.grads[index], param, order).reshape(-1).to(p.dtype)
         p, s = rule(p, g * g_scale, tuple(s), k)
         for slot, (codec, planes, x) in enumerate(zip(codecs, homes, (p, *s), strict=True)):
             stream = Stream(seed, step_number, bucket.ordinals[index], slot)
-            _write(planes, codec.encode(x, stream), param, active)
+            for plane, value in zip(planes, codec.encode(x, stream), strict=True):
+                value = value.view(plane.shape)
+                plane.copy_(value if param.device.type == "cpu" else torch.where(active != 0, value, plane))
 
 
 def square_sum(bucket: Launch) -> Tensor:

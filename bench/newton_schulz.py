@@ -153,7 +153,12 @@ def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
                     ),
                     Contender("orthogonalize", lambda X=given: orthogonalize(X, "jordan", 5)),
                 ]
-                cases.append(Case(f"soft clip {rows}x{columns} {name}, ratio {wanted:g}", contenders, limits))
+                title = f"soft clip {rows}x{columns} {name}, ratio {wanted:g}"
+                cases.append(Case(title, contenders, limits))
+                theirs = contenders[1]
+                as_exact = partial(soft_clip, given, c, tolerance=max(theirs.error(), 1e-7))
+                ours = Contender("fused_optim", as_exact, lambda f=as_exact, e=expected: _distance(f(), e))
+                cases.append(Case(f"{title}, as exact as released", [ours, theirs], {"released": 0.5}))
     return cases
 
 

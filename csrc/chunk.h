@@ -67,7 +67,7 @@ FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, B
   int i = begin;
   // A copy, because a store to a plane might change the slot itself for all that the compiler knows.
   const Slot slot = home;
-  for (; i + LANES <= end; i += LANES) body(slot, i, i);
+  _Pragma("GCC unroll 4") for (; i + LANES <= end; i += LANES) body(slot, i, i);
   if (i >= end) return;
   Stage rest;
   body(rest.fetch(home, i, end - i), 0, i);

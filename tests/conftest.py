@@ -44,7 +44,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 BUILDERS = {
-    *("test_cuda.py", "test_learning.py", "test_packaging.py"),
+    *("test_cuda.py", "test_learning.py", "test_packaging.py", "test_report.py"),
     *("test_triton_products_static.py", "test_triton_static.py"),
 }
 """What their first test compiles or learns serves all others."""

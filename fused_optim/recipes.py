@@ -67,16 +67,18 @@ class SRSTE(Sparsity):
     """The model sees masked weights, all weights learn, and pruned ones shrink.
 
     With the mask ``M`` of the weights ``w`` that a step finds, and the model's gradient ``g`` at ``M * w``,
-    the rule is given ``g + decay * (1 - M) * w``. Masks follow the weights in every step.
+    the rule is given ``g + decay * (1 - M) * w``. Masks follow the weights in every step, after
+    ``dense_steps`` without any (none in the paper).
 
     Dense weights are kept as state ``dense``: 4 bytes per weight in fp32, or as ``param_codec`` says; masks
     need 1/8 byte.
 
     Args:
         decay: strength of the pull on pruned weights, before the optimizer's own scaling.
+        dense_steps: steps before the first masks.
 
     Raises:
-        ValueError: a pattern that keeps nothing or everything, a negative decay.
+        ValueError: a pattern that keeps nothing or everything, a negative decay or step.
         TypeError: a value of the wrong type.
 
     Example:
@@ -91,13 +93,16 @@ class SRSTE(Sparsity):
 
     Source:
         Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch,
-        arXiv 2102.04010.
+        arXiv 2102.04010. A dense beginning: Lu et al., STEP: Learning N:M Structured Sparsity Masks from
+        Scratch with Precondition, arXiv 2302.01172 (there Adam's second moment stays as it is afterwards).
     """
 
     decay: float = 2e-4
+    dense_steps: int = 0
 
     def _check(self) -> None:
         check_number("decay", self.decay)
+        check_steps("dense_steps", self.dense_steps, least=0)
 
     @property
     def adjusts_gradients(self) -> bool:
@@ -105,8 +110,8 @@ class SRSTE(Sparsity):
         return self.decay > 0
 
     def kept(self, t: Any) -> Any:
-        """Always the same."""
-        return self.n
+        """All in the dense beginning."""
+        return self.m + (t >= self.dense_steps) * (self.n - self.m)
 
     def pruned(self, t: Any) -> tuple[Any, Any, Any]:
         """They shrink."""

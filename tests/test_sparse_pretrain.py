@@ -139,7 +139,7 @@ def test_resuming_is_bit_exact(
         (["--sparsity", "sr-ste", "--pattern", "4:2"], "0 < n < m <= 32"),
         (["--sparsity", "sr-ste", "--pattern", "1:5"], "--pattern 1:5 fits no matrix: dimension 1 has 32"),
         (
-            ["--sparsity", "sr-ste", "--dense-steps", "3"],
+            ["--sparsity", "cast", "--dense-steps", "3"],
             "--dense-steps does not exist for --sparsity",
         ),
         (["--sparsity", "one-shot", "--pruned-decay", "1"], "--pruned-decay does not exist"),

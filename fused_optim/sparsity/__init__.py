@@ -1,7 +1,8 @@
 """N:M sparsity: recipes for training, masks, pruning, export."""
 
+from ..progressive import MaskDecay, StructureDecay
 from ..recipe import Sparsity
-from ..recipes import CAST, SRSTE, MaskDecay, MaskedDecay, OneShot, StructureDecay
+from ..recipes import CAST, SRSTE, MaskedDecay, OneShot
 from .files import load_sparse, save_sparse
 from .masks import check_mask, count_flips, nm_mask, pack_mask, transposable_mask, unpack_mask
 from .modules import MagnitudeMask, WeightScale, distillation_loss, mask_forward, unmask_forward

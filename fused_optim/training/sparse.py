@@ -45,7 +45,7 @@ def _one_shot(config: Any, n: int, m: int) -> Sparsity:
 
 
 def _sr_ste(config: Any, n: int, m: int) -> Sparsity:
-    return SRSTE(n=n, m=m, decay=config.pruned_decay)
+    return SRSTE(n=n, m=m, decay=config.pruned_decay, dense_steps=config.dense_steps)
 
 
 def _mask_decay(config: Any, n: int, m: int) -> Sparsity:
@@ -69,7 +69,7 @@ def _cast(config: Any, n: int, m: int) -> Sparsity:
 
 RECIPES = {
     "one-shot": Recipe(_one_shot, dense_share=0.5),
-    "sr-ste": Recipe(_sr_ste, decay=2e-4),
+    "sr-ste": Recipe(_sr_ste, dense_share=0.7, decay=2e-4),
     "mask-decay": Recipe(_mask_decay, dense_share=0.1),
     "structure-decay": Recipe(_structure_decay, dense_share=0.0),
     "masked-decay": Recipe(_masked_decay, decay=1e-4),

@@ -38,11 +38,13 @@ def asp(w: Tensor, gradient: Gradient, make: Make, steps: int, at: int) -> Itera
     yield w.detach().clone()
 
 
-def sr_ste(w: Tensor, gradient: Gradient, make: Make, steps: int, decay: float) -> Iterator[Tensor]:
+def sr_ste(
+    w: Tensor, gradient: Gradient, make: Make, steps: int, decay: float, dense: int = 0
+) -> Iterator[Tensor]:
     """A new mask in every forward pass, the gradient passed straight through, pruned weights regularised."""
     optimizer = make([w])
-    for _ in range(steps):
-        mask = nm(w, 2, 4)
+    for t in range(steps):
+        mask = nm(w, 2, 4) if t >= dense else torch.ones_like(w)
         yield (w * mask).detach()
         w.grad = gradient(w * mask) + decay * (1 - mask) * w.detach()
         optimizer.step()

@@ -174,7 +174,8 @@ def suite(name: str, peers: Sequence[str], rules: Sequence[str], shapes: str) ->
         tiny = _against(
             "AdamW fp32, host overhead", "300x16", adamw, Contender("torch-fused"), 0.25, (), cold=False
         )
-        return [*catalogue("llama-1.1b", peers, rules), tiny, *catalogue("llama-125m", peers, rules)]
+        sizes = [catalogue(shapes, peers, rules) for shapes in ("llama-1.1b", "llama-125m", "llama-3b")]
+        return [*sizes[0], tiny, *sizes[1], *sizes[2]]
     if name == "scaling":
         return scaling(peers)
     if name == "variants":

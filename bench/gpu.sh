@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU must prove, in one command of less than 9 minutes and without a network:
-#   bash bench/gpu.sh OUT [all|tests|bench|variants|products|matrices|masks] [--installed]
+#   bash bench/gpu.sh OUT [all|tests|bench|variants|products|matrices|masks|pretrain] [--installed]
 # builds the package, runs `pytest -m gpu`, times steps, matrix products and whole steps of
-# Muon beside torch, and every backend and arithmetic.
+# Muon beside torch, and every backend and arithmetic, and trains a Llama of 1.1 B parameters for some steps.
 # OUT gets summary.json, a log and JSON for every part, and report/ with charts. A failing part stops no other.
 # Without a GPU every part does what it can here and says what it leaves out. --installed skips the build.
 set -uo pipefail
@@ -11,7 +11,7 @@ usage() { sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed -n '2,7p'; exit 2; 
 
 [[ $# -ge 1 && $# -le 3 ]] || usage
 selected=${2:-all} installed=${3:-}
-[[ $selected =~ ^(all|tests|bench|variants|products|matrices|masks)$ && ( -z $installed || $installed == --installed ) ]] || usage
+[[ $selected =~ ^(all|tests|bench|variants|products|matrices|masks|pretrain)$ && ( -z $installed || $installed == --installed ) ]] || usage
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -24,9 +24,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # Seconds: all parts together stay under 9 minutes, a single part gets most of them.
-build_limit=110 tests_limit=160 bench_limit=110 variants_limit=55 products_limit=40 matrices_limit=35 masks_limit=25
+build_limit=100 tests_limit=150 bench_limit=90 variants_limit=50 products_limit=35 matrices_limit=35 masks_limit=25
+pretrain_limit=50
 [[ $selected == all ]] ||
-  tests_limit=400 bench_limit=400 variants_limit=400 products_limit=400 matrices_limit=400 masks_limit=400
+  tests_limit=400 bench_limit=400 variants_limit=400 products_limit=400 matrices_limit=400 masks_limit=400 pretrain_limit=400
 
 # Only bench/ and tests/ come from the checkout: its fused_optim/ lacks kernels/ and would hide the installed one.
 mkdir "$work/checkout" && ln -s "$root/bench" "$root/tests" "$work/checkout"
@@ -68,6 +69,7 @@ export root python work
 if [[ -z $gpu ]]; then
   # Nobody pays for a CPU's time.
   build_limit=900 tests_limit=900 bench_limit=900 variants_limit=900 products_limit=900 matrices_limit=900 masks_limit=900
+  pretrain_limit=900
   echo "no GPU that torch can see. This machine can build, collect the GPU tests and try the benchmarks on its CPU;"
   echo "it cannot run the GPU tests, time a GPU or compare backends and arithmetics."
 else
@@ -115,6 +117,16 @@ fi
 
 if wanted masks; then
   part masks $masks_limit "$python" -m bench masks "${quick[@]}" --out "$out/masks.json"
+fi
+if wanted pretrain; then
+  pretrain=("$python" -m fused_optim pretrain --out "$out/pretrain")
+  if ! "$python" -c 'import matplotlib, tqdm, transformers' 2>/dev/null; then
+    part pretrain $pretrain_limit echo "left out: pip install transformers tqdm matplotlib"
+  elif [[ -z $gpu ]]; then
+    part pretrain $pretrain_limit "${pretrain[@]}" --preset nano --steps 3 --sequence-length 32
+  else
+    part pretrain $pretrain_limit "${pretrain[@]}" --preset llama-1b --steps 10 --batch-size 2
+  fi
 fi
 
 failed=0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -37,6 +38,7 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
     state_bits: int = 32
     slow: bool = False
+    compiled: bool = False
 
     def make(self, rule: str, params: Sequence[Tensor], hyper: Mapping[str, Any]) -> Optimizer:
         try:
@@ -47,7 +49,13 @@ class Peer:
             raise MissingPeerError(f"{self.package} is not installed ({error})") from None
         accepted = inspect.signature(cls).parameters
         shared = {name: value for name, value in hyper.items() if name in accepted}
-        return cls(params, **shared, **self.options)
+        try:
+            optimizer = cls(params, **shared, **self.options)
+        except NotImplementedError as error:
+            raise MissingPeerError(f"{self.package} does not run here ({error})") from None
+        if self.compiled:
+            optimizer.step = torch.compile(optimizer.step)
+        return optimizer
 
 
 _TORCH = {"adam": "AdamW", "adam_amsgrad": "AdamW", "sgd": "SGD", "sgd_momentum": "SGD"}
@@ -57,8 +65,12 @@ _8BIT = {"adam": "AdamW8bit", "lion": "Lion8bit"}
 PEERS: dict[str, Peer] = {
     "torch-fused": Peer("torch", "torch.optim", _TORCH, {"fused": True}),
     "torch-foreach": Peer("torch", "torch.optim", _TORCH, {"foreach": True}),
+    "torch-compiled": Peer("torch", "torch.optim", _TORCH, slow=True, compiled=True),
     "optimi": Peer("torch-optimi", "optimi", {"adam": "AdamW", "lion": "Lion"}),
     "lion-pytorch": Peer("lion-pytorch", "lion_pytorch", {"lion": "Lion"}),
+    "pytorch-optimizer": Peer("pytorch-optimizer", "pytorch_optimizer", {"lion": "Lion"}),
+    "heavyball": Peer("heavyball", "heavyball", {"adam": "AdamW"}, {"consume_grad": False}, slow=True),
+    "flashoptim": Peer("flashoptim", "flashoptim", {"adam": "FlashAdamW", "lion": "FlashLion"}, state_bits=8),
     "bitsandbytes": Peer("bitsandbytes", "bitsandbytes.optim", _BITSANDBYTES),
     "bitsandbytes-8bit": Peer("bitsandbytes", "bitsandbytes.optim", _8BIT, state_bits=8),
     "torchao-8bit": Peer("torchao", "torchao.optim", {"adam": "AdamW8bit"}, state_bits=8, slow=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,8 @@ class Run(Timed):
         values = [
             value
             for state in self.optimizer.state.values()
-            for key, value in state.items()
+            for key, kept in state.items()
+            for value in _leaves(kept)
             if key != "step" and not (isinstance(value, Tensor) and value.ndim == 0)
         ]
         return sum({id(value): nbytes(value) for value in values}.values()) / self.elements
@@ -115,6 +116,17 @@ class Run(Timed):
         if plan is None:
             return None
         return ", ".join(sorted({f"{b.driver.name} {'exact' if b.exact else 'fast'}" for b in plan.buckets}))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What containers within containers hold."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        yield value
+        return
+    for part in value:
+        yield from _leaves(part)
 
 
 @dataclass

@@ -209,7 +209,8 @@ def test_gpu_script_parses_and_explains_itself() -> None:
     subprocess.run(["bash", "-n", script], check=True)
     refused = subprocess.run(["bash", script, "/nowhere", "everything"], capture_output=True, text=True)
     assert (
-        refused.returncode == 2 and "OUT [all|tests|bench|variants|products|matrices|masks]" in refused.stdout
+        refused.returncode == 2
+        and "OUT [all|tests|bench|variants|products|matrices|masks|pretrain]" in refused.stdout
     )
 
 
@@ -226,8 +227,9 @@ def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
     written = [
         f"{part}.{kind}" for part in ("bench", "masks", "matrices", "products") for kind in ("json", "log")
     ]
-    assert files == [*written, "report", "summary.json", "tests.log", "variants.log"]
+    others = ["pretrain", "pretrain.log", "report", "summary.json", "tests.log", "variants.log"]
+    assert files == sorted([*written, *others])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
-        ["tests", "bench", "variants", "products", "matrices", "masks"], "ok"
+        ["tests", "bench", "variants", "products", "matrices", "masks", "pretrain"], "ok"
     )

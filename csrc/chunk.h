@@ -84,6 +84,8 @@ void decode_split(Codec c, const Slot& slot, int count, float* values) {
 template <class Codec>
 void encode_split(Codec c, const Slot& slot, int count, const float* values, const uint16_t* random) {
   each_vector(slot, 0, count, true, [&](const Slot& to, int at, int i) FO_LAMBDA {
+    // What the next chunk reads; its first plane is fetched while states are encoded.
+    if (c.planes > 1 && i % 64 == 0) __builtin_prefetch(slot.planes[1] + (i + CHUNK) * c.bits(1) / 8, 1, 2);
     // `at` is 0 in a copy, where random bits still are those of element i.
     c.encode(load<float>(values + i), Lanes{to.planes, at, random + (i - at)});
   });
@@ -169,6 +171,10 @@ void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ah
       put_codes<c.bits(0)>(to, at, c.code(load<float>(values + i) * times, lookup));
     };
     if (end - begin == c.block) {
+      // The codes of the next chunk: the core itself never fetches from beyond a page.
+      for (int k = 0; k < c.block * c.bits(0) / 8; k += 64) {
+        __builtin_prefetch(codes + (begin + CHUNK) * c.bits(0) / 8 + k, 1, 2);
+      }
       _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += LANES) {
         ahead.fetch(begin + k);
         encode(codes, begin + k, begin + k);

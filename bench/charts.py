@@ -27,7 +27,7 @@ _COLORS = {
     "torch.optim.Muon": _PALETTE[0],
 }
 _HATCHES = ("", "//", "xx", "..")
-_MARKS = "os^DvPX*"
+MARKS = "os^DvPX*"
 _BARS_A_FIGURE = 36
 _DPI = 150
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
@@ -229,7 +229,7 @@ def errors(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
         name: Line2D(
             [], [], color=style["color"], marker=mark, linestyle="", markeredgecolor="black", label=name
         )
-        for (name, style), mark in zip(styles.items(), itertools.cycle(_MARKS))
+        for (name, style), mark in zip(styles.items(), itertools.cycle(MARKS))
     }
     values = [bar.value for group in groups for bar in group.bars]
     for group, ys in zip(groups, _places(groups), strict=True):
@@ -254,7 +254,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line], xlabel: str, ylabel: str) -> 
             *zip(*line.points, strict=True),
             color=styles[source]["color"],
             linestyle=("-", "--", ":", "-.")[turn % 4],
-            marker=_MARKS[number % len(_MARKS)],
+            marker=MARKS[number % len(MARKS)],
             markeredgecolor="black",
             markeredgewidth=0.6,
             label=line.series,

@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 
 from fused_optim.training.figure import spread
 
+from .charts import MARKS
+
 # Okabe and Ito's palette, told apart with any colour vision; lines also differ in their dashes and marks.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#999999")
-DASHES, MARKS = ("-", "--", "-.", ":"), "os^DvPX*"
+DASHES = ("-", "--", "-.", ":")
 _SHOWN_FROM = 0.4
 """Before that all losses fall by whole nats, and recipes differ by hundredths."""
 

@@ -103,20 +103,12 @@ float scale_at(const char* scales, int block) {
 
 template <class Codec>
 void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
-  const char* const codes = slot.planes[0];
-  const char* const lookup = slot.lookup;
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
     F scale(scale_at<Codec>(slot.planes[1], block));
-    auto decode = [&](const char* from, int at, int i) FO_LAMBDA {
-      store(values + i, c.value(get_codes<c.bits(0)>(from, at), lookup) * scale);
-    };
-    if (end - begin == c.block) {
-      _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += LANES) decode(codes, begin + k, begin + k);
-    } else {
-      each_vector(slot, begin, end, false,
-                  [&](const Slot& from, int at, int i) FO_LAMBDA { decode(from.planes[0], at, i); });
-    }
+    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
+    });
   }
 }
 

@@ -12,19 +12,13 @@ constexpr int64_t PAGE = 4096;
 // Vectors that share the switches of their codecs: as many as there are registers for.
 constexpr int AT_ONCE = PARTS == 1 ? 2 : 1;
 
-// A slot of a plain codec, known at run time only: one switch per vector, and values stay in registers.
+// A slot of a plain codec, known at run time only: one switch for some vectors, and values stay in
+// registers.
 struct Plain : Slot {
   FO_INLINE F load(int64_t i) const {
     return with_plain(codec, [&](auto c) FO_LAMBDA { return c.decode(Lanes{planes, i}); });
   }
-  // Asks for memory further on as well.
-  FO_INLINE F load(int64_t i, int64_t bytes_ahead) const {
-    return with_plain(codec, [&](auto c) FO_LAMBDA {
-      __builtin_prefetch(planes[0] + i * c.bits(0) / 8 + bytes_ahead);
-      return c.decode(Lanes{planes, i});
-    });
-  }
-  // COUNT vectors with one switch.
+  // COUNT vectors with one switch; asks for memory further on as well.
   template <int COUNT>
   FO_INLINE void load(int64_t i, int64_t bytes_ahead, F (&x)[COUNT]) const {
     with_plain(codec, [&](auto c) FO_LAMBDA {
@@ -34,6 +28,11 @@ struct Plain : Slot {
       }
     });
   }
+  FO_INLINE F load(int64_t i, int64_t bytes_ahead) const {
+    F x[1];
+    load(i, bytes_ahead, x);
+    return x[0];
+  }
   template <int COUNT>
   FO_INLINE void store(int64_t i, const F (&x)[COUNT]) const {
     with_plain(codec, [&](auto c) FO_LAMBDA {
@@ -41,7 +40,8 @@ struct Plain : Slot {
     });
   }
   FO_INLINE void store(int64_t i, F x) const {
-    with_plain(codec, [&](auto c) FO_LAMBDA { c.encode(x, Lanes{planes, i}); });
+    const F one[1] = {x};
+    store(i, one);
   }
 };
 
@@ -105,6 +105,7 @@ struct Slots {
     param.store(i, p);
     FO_EACH_SLOT states[slot].store(i, s[slot]);
   }
+
   // Updates PASS elements before it says which of them are kept: one loop would have a chain of operations so
   // long that a core finds no room for the next vectors. Not inlined: its copies were half of the library.
   __attribute__((noinline)) void update_masked(const Task<Rule>& task, int64_t begin, int64_t end,

@@ -8,7 +8,7 @@
 namespace fo {
 
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
-constexpr int ABI = 4;
+constexpr int ABI = 5;
 
 // Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a
 // codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import wraps
 from itertools import chain
-from operator import is_
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
@@ -26,7 +25,7 @@ from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.bucket import Bucket, Member
 from .kernels.control import Control, control
 from .kernels.finders import Finder
-from .kernels.guards import DictGuards, PythonDictGuards
+from .kernels.guards import NativeDictGuards, PythonDictGuards, same_objects
 from .kernels.launch import Key
 from .kernels.matrix import MatrixCut, couples_l2
 from .kernels.plan import build
@@ -308,9 +307,7 @@ class FusedOptimizer(Optimizer, ABC):
 
     def _same_parameters(self, planned: list[list[Tensor]]) -> bool:
         groups = [group["params"] for group in self.param_groups]
-        return list(map(len, groups)) == list(map(len, planned)) and all(
-            all(map(is_, params, before)) for params, before in zip(groups, planned, strict=True)
-        )
+        return len(groups) == len(planned) and all(map(same_objects, groups, planned))
 
     def _parameters(self) -> Iterator[tuple[int, int, Tensor]]:
         for group_index, group in enumerate(self.param_groups):
@@ -345,7 +342,7 @@ class FusedOptimizer(Optimizer, ABC):
         idle = [p for p in everything if p.grad is None]
         buckets = build(members, on_device)
         occupied = Occupied(chain.from_iterable(bucket.written() for bucket in buckets))
-        unchanged = DictGuards([self.state, *(member.state for member in members)])
+        unchanged = NativeDictGuards([self.state, *(member.state for member in members)])
         return _Plan(buckets, groups, idle, self._signature(), on_device, self.state, unchanged, occupied)
 
     def _checked_key(self, group: int, position: int, param: Tensor) -> Key:

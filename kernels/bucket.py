@@ -19,9 +19,9 @@ from torch import Tensor
 from . import rows as row_tools
 from .aliasing import Occupied, Written, extent
 from .control import Control
-from .guards import Guards
-from .launch import SEED, STEP, Key, Launch, Operands, addresses_of
+from .launch import SEED, STEP, Key, Launch, Operands
 from .layout import Layout, layout_of
+from .readers import Reader
 from .spec import Hyper
 
 
@@ -116,11 +116,11 @@ class Bucket(Launch):
 
     def _remember(self) -> None:
         """Keeps what ``collect`` compares a later step with."""
-        self._plain = all(type(p) in (Tensor, torch.nn.Parameter) and not p.is_complex() for p in self.owners)
+        self._reader = Reader(self.owners, self._local)
         grads = [self._local(p.grad) for p in self.owners if p.grad is not None]
-        self._guards = Guards([*(self.owners if self._plain else self._locals), *grads])
         self._grad_extents = np.array([extent(g) for g in grads])
-        self._param_addresses = addresses_of(self._locals).tobytes()
+        # Where the gradients were when they were last seen to lie apart from what the step writes.
+        self._harmless: bytes | None = None
         # Code that exchanges memory under a state (``state.data = other``) does so for all of them, to move
         # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. Should one
         # alone be exchanged, ``state_planes`` keep its old memory alive, and the step goes on there.
@@ -129,7 +129,7 @@ class Bucket(Launch):
         self._sampled_addresses = self._sample_states()
 
     def _sample_states(self) -> list[int]:
-        samples = self._state_samples if self._plain else map(self._local, self._state_samples)
+        samples = self._state_samples if self._reader.plain else map(self._local, self._state_samples)
         return [tensor.data_ptr() for tensor in samples]
 
     def _assign_rows(self) -> None:
@@ -146,33 +146,20 @@ class Bucket(Launch):
         self.row_indices = [row_of[cohort] for cohort in cohorts]
         self.row_count = len(self.cohorts)
 
-    def _current(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Parameters and gradients if they are what was planned; ``None`` also for a missing gradient."""
-        params, grads = self.owners, [p.grad for p in self.owners]
-        if self._plain and self._guards.check([*params, *grads]):
-            return params, grads  # pyright: ignore[reportReturnType]
-        if any(grad is None for grad in grads):
-            return None
-        params = params if self._plain else list(map(self._local, params))
-        resolved = [self._local(grad) for grad in grads if grad is not None]
-        return (params, resolved) if self._guards.check([*params, *resolved]) else None
-
     def collect(self) -> bool:
         """Reads this step's gradients; False if the plan no longer describes the tensors."""
-        current = self._current()
-        if current is None:
+        found = self._reader.read()
+        if found is None:
             return False
-        params, grads = current
         try:
-            same = addresses_of(params).tobytes() == self._param_addresses
-            same = same and self._sample_states() == self._sampled_addresses
+            same = self._sample_states() == self._sampled_addresses
         except RuntimeError:
             # A tensor whose memory is gone: planning anew says which.
             return False
         if not same or not self._counts_as_expected():
             return False
         if self.launched:
-            self.set_gradients(grads)
+            self.set_gradients(*found)
         return True
 
     def _counts_as_expected(self) -> bool:
@@ -188,9 +175,14 @@ class Bucket(Launch):
 
     def find_aliased(self, occupied: Occupied) -> int | None:
         """Index of a member whose gradient lies in memory that the step writes, if any does."""
-        if not self.launched or not occupied.may_hold(self.staging.host_table[-1], self._grad_extents):
+        if not self.launched or self._harmless is self.grad_addresses:
             return None
-        return occupied.find(self.grads, self.owners)
+        found = None
+        if occupied.may_hold(self.staging.host_table[-1], self._grad_extents):
+            found = occupied.find(self.grads, self.owners)
+        if found is None:
+            self._harmless = self.grad_addresses
+        return found
 
     def prepare(self, groups: Sequence[Hyper], control: Control) -> None:
         """Computes the scalars of the coming step; changes nothing that a step or a user reads."""

@@ -87,6 +87,7 @@ class Launch:
         self.numels = [p.numel() for p in self.params]
         self.random = any(codec.random for codec in (key.param, *key.states))
         self.grads: list[Tensor] = []
+        self.grad_addresses = b""
         self.layouts: Tensor | None = None
         self._layouts = [o.layout for o in operands]
 
@@ -145,10 +146,13 @@ class Launch:
             self.cache["tiles", size] = pairs.to(self.device)
         return self.cache["tiles", size]
 
-    def set_gradients(self, grads: list[Tensor]) -> None:
+    def set_gradients(self, grads: list[Tensor], addresses: np.ndarray) -> None:
         """Writes where the gradients are, and who starts on a 16-byte boundary if that has changed."""
         self.grads = grads
-        table, addresses = self.staging.host_table, addresses_of(grads)
+        found = addresses.tobytes()
+        if found == self.grad_addresses:
+            return
+        self.grad_addresses, table = found, self.staging.host_table
         table[-1] = addresses
         low_bits = (addresses & _LOW_BITS).tobytes()
         if low_bits != self._low_bits:

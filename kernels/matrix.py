@@ -20,7 +20,7 @@ from .bucket import Bucket, Member
 from .codecs import BLANK, CODECS
 from .control import Control
 from .late_masks import LateMasks, MaskedWeights
-from .launch import Key, Launch, Operands
+from .launch import Key, Launch, Operands, addresses_of
 from .layout import layout_of, walked
 from .masking import keeps_dense, masked
 from .planes import read
@@ -129,7 +129,7 @@ class MatrixBucket(Bucket):
         strided = any(not operands.layout.flat for operands in in_place_of_params)
         super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
         for launch in further:
-            launch.set_gradients(updates)
+            launch.set_gradients(updates, addresses_of(updates))
         self._shared = [_adopt(members, name) for name, _ in self.whole_rule.shared]
         self._masked = [MaskedWeights(whole, operands) for operands in own if whole.rule.inner is not None]
         self._late = None if whole.finder is None else LateMasks(self._masked, whole.finder)

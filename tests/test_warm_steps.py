@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fused_optim
+from fused_optim import storage
 from fused_optim.kernels import guards
 from fused_optim.kernels.aliasing import Occupied, Written
+from fused_optim.kernels.readers import Reader
 from tests.cases import assert_same_bits, normal
 
 RANGE = "Optimizer.step#AdamW.step"
@@ -88,7 +90,7 @@ def test_states_replaced_by_equal_ones(change: Callable[[Any, Parameter], None],
             assert_same_bits(changed.state[param][key], value, key)
 
 
-@pytest.mark.parametrize("kind", [guards.PythonDictGuards, guards.DictGuards])
+@pytest.mark.parametrize("kind", [guards.PythonDictGuards, guards.NativeDictGuards])
 def test_dictionaries_that_change(kind: Any) -> None:
     one, other = torch.ones(()), torch.ones(())
     changes: list[Callable[[dict[str, Tensor]], Any]] = [
@@ -122,8 +124,8 @@ def test_without_torch_s_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that moved its private comparisons costs time, no bits."""
     fast, params = _optimizer()
     slow, others = _optimizer()
-    monkeypatch.setattr("fused_optim.kernels.bucket.Guards", guards.PythonGuards)
-    monkeypatch.setattr("fused_optim.optimizer.DictGuards", guards.PythonDictGuards)
+    monkeypatch.setattr("fused_optim.kernels.readers.Guards", guards.PythonGuards)
+    monkeypatch.setattr("fused_optim.optimizer.NativeDictGuards", guards.PythonDictGuards)
     for number in range(3):
         _step(slow, others, number)
     monkeypatch.undo()
@@ -131,6 +133,84 @@ def test_without_torch_s_guards(monkeypatch: pytest.MonkeyPatch) -> None:
         _step(fast, params, number)
     for param, other in zip(params, others, strict=True):
         assert_same_bits(param, other)
+
+
+def _readers(tensors: Sequence[Parameter]) -> Reader:
+    for index, tensor in enumerate(tensors):
+        tensor.grad = torch.full_like(tensor, float(index))
+    return Reader(tensors, storage.local_view)
+
+
+def _read(reader: Reader, in_c: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    with monkeypatch.context() as patch:
+        if not in_c:
+            patch.setattr(reader, "_in_c", None)
+        return reader.read()
+
+
+PARAMETER_CHANGES: dict[str, Callable[[Parameter], Any]] = {
+    "memory": lambda p: setattr(p, "data", p.data.clone()),
+    "strides": lambda p: setattr(p, "data", p.data.t()),
+    "shape": lambda p: setattr(p, "data", p.data.view(4)),
+    "dims": lambda p: setattr(p, "data", p.data.view(2, 2, 1)),
+    "no_gradient": lambda p: setattr(p, "grad", None),
+    "strided_gradient": lambda p: setattr(p, "grad", torch.ones(2, 4)[:, ::2]),
+    "sparse_gradient": lambda p: setattr(p, "grad", torch.ones(2, 2).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("in_c", [True, False], ids=["in_c", "in_python"])
+@pytest.mark.parametrize("change", PARAMETER_CHANGES)
+def test_parameters_and_gradients_that_change(
+    change: str, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [Parameter(torch.ones(2, 2)), Parameter(torch.ones(3))]
+    reader = _readers(params)
+    assert reader._in_c is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__")
+    assert _read(reader, in_c, monkeypatch) is not None
+    for param in params:
+        param.grad = param.detach() * 5
+    grads, addresses = _read(reader, in_c, monkeypatch)
+    assert all(grad is param.grad for grad, param in zip(grads, params, strict=True))
+    assert addresses.tolist() == [param.grad.data_ptr() for param in params if param.grad is not None]
+    PARAMETER_CHANGES[change](params[0])
+    assert _read(reader, in_c, monkeypatch) is None
+
+
+@pytest.mark.parametrize("in_c", [True, False], ids=["in_c", "in_python"])
+def test_negated_gradients(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DLPack does not tell them apart from what their memory holds."""
+    params = [Parameter(torch.ones(())), Parameter(torch.ones(3))]
+    reader = _readers(params)
+    params[0].grad = torch.tensor(1 + 5j).conj().imag
+    assert params[0].grad.is_neg() and params[0].grad.stride() == ()
+    (grad, _), addresses = _read(reader, in_c, monkeypatch)
+    assert not grad.is_neg() and grad == -5 and addresses[0] == grad.data_ptr()
+
+
+@pytest.mark.parametrize("in_c", [True, False], ids=["in_c", "in_python"])
+def test_lists_of_the_same_objects(in_c: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not in_c:
+        monkeypatch.setattr(guards, "objects", lambda: None)
+    elif guards.objects() is None:
+        pytest.skip("the CPU library was not built")
+    one, other = torch.ones(()), torch.ones(())
+    assert guards.same_objects([one, other], [one, other]) and guards.same_objects([], [])
+    assert guards.same_objects((one,), [one])
+    for wrong in ([other, one], [one], [one, other, one], [one, torch.ones(())]):
+        assert not guards.same_objects([one, other], wrong)
+
+
+def test_entries_keep_their_order() -> None:
+    dicts: list[dict[str, Any]] = [{"a": 1, "b": 2}, {}, {"c": 3}]
+    for kind in (guards.PythonDictGuards, guards.NativeDictGuards):
+        guard = kind(dicts)
+        assert guard.check()
+        moved = dicts[0].pop("a")
+        dicts[0]["a"] = moved
+        assert not guard.check()
+        dicts[0]["b"] = dicts[0].pop("b")
+        assert guard.check()
 
 
 def test_where_gradients_lie() -> None:

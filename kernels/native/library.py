@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-ABI = 4
+ABI = 5
 """Equals ``ABI`` in csrc/table.h."""
 
 WORK = ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
@@ -41,6 +41,12 @@ class Library:
         function = self._handle[self._prefix + name]
         function.restype, function.argtypes = result, arguments
         return function
+
+    def address(self, name: str) -> int:
+        """Where a C function is."""
+        address = ctypes.cast(self._handle[self._prefix + name], ctypes.c_void_p).value
+        assert address is not None
+        return address
 
     def _ids(self, name: str) -> dict[str, int]:
         names = self.function(name, ctypes.POINTER(ctypes.c_char_p))()

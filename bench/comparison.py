@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,22 @@ class Contender:
 
 
 @dataclass
+class Absent:
+    """Something that is not timed, and why: it is missing, failed or wrong."""
+
+    label: str
+    status: str
+    reason: str
+
+
+@dataclass
 class Case:
     """Contenders for the same work; ``limits`` bounds the first one's time by that of another."""
 
     name: str
     contenders: list[Contender]
     limits: dict[str, float] = field(default_factory=dict)
+    absent: Sequence[Absent] = ()
 
 
 Suites = Mapping[str, Callable[[argparse.Namespace, torch.device], list[Case]]]
@@ -44,23 +54,22 @@ def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dic
     rows = []
     for contender, call in zip(case.contenders, calls, strict=True):
         error = None if contender.error is None else float(f"{contender.error():.3g}")
-        rows.append({"label": contender.label, "ms": rounded(call.time.summary()), "error": error})
+        ms = rounded(call.time.summary())
+        rows.append({"label": contender.label, "status": "ok", "ms": ms, "error": error})
+    rows += [asdict(absent) for absent in case.absent]
     times: dict[str, Samples] = {call.label: call.time for call in calls}
-    targets = []
-    for against, limit in case.limits.items():
-        found, q1, q3 = ratio(calls[0].time, times[against])
-        quartiles = [round(q1, 4), round(q3, 4)]
-        targets.append(
-            {
-                "kind": "ratio",
-                "against": against,
-                "limit": limit,
-                "measured": round(found, 4),
-                "quartiles": quartiles,
-                "met": found <= limit,
-            }
-        )
+    targets = [_target(against, limit, calls[0].time, times) for against, limit in case.limits.items()]
     return {"name": case.name, "rounds": rounds, "rows": rows, "targets": targets}
+
+
+def _target(against: str, limit: float, ours: Samples, times: Mapping[str, Samples]) -> dict[str, Any]:
+    """What was reached; ``met`` is None where the other was not timed."""
+    target: dict[str, Any] = {"kind": "ratio", "against": against, "limit": limit}
+    if against not in times:
+        return {**target, "measured": None, "met": None}
+    found, q1, q3 = ratio(ours, times[against])
+    quartiles = [round(q1, 4), round(q3, 4)]
+    return {**target, "measured": round(found, 4), "quartiles": quartiles, "met": found <= limit}
 
 
 def table(record: dict[str, Any]) -> Table:
@@ -68,6 +77,9 @@ def table(record: dict[str, Any]) -> Table:
     first = record["rows"][0]["ms"]["median"]
     lines = []
     for row in record["rows"]:
+        if row["status"] != "ok":
+            lines.append([row["label"], *[""] * 4, f"{row['status']}: {row['reason']}"])
+            continue
         ms = row["ms"]
         error = "" if row["error"] is None else f"{row['error']:.1e}"
         lines.append(

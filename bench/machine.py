@@ -16,7 +16,19 @@ import torch
 import fused_optim
 import fused_optim.kernels
 
-PACKAGES = ("torch", "triton", "numpy", "bitsandbytes", "torchao", "torch-optimi", "lion-pytorch")
+PACKAGES = (
+    *(
+        "torch",
+        "triton",
+        "numpy",
+        "bitsandbytes",
+        "torchao",
+        "torch-optimi",
+        "lion-pytorch",
+        "pytorch-optimizer",
+    ),
+    *("heavyball", "flashoptim", "deepspeed", "muonium", "gram-newton-schulz"),
+)
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("fused_optim", "kernels", "csrc", "bench", ":!bench/results")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

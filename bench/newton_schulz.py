@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import _muon
 
-import fused_optim
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
 from .comparison import Case, Contender, compare, parser_of
+from .muons import JORDAN, distance, polynomials, whole_step
 
-JORDAN = (3.4445, -4.7750, 2.0315)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,20 +39,6 @@ def _clipped(X: Tensor, c: float) -> Tensor:
     Y = X.double()
     values, vectors = torch.linalg.eigh(Y @ Y.mT)
     return (vectors * (1 + values.clamp(min=0) / c**2).rsqrt().unsqueeze(-2)) @ (vectors.mT @ Y)
-
-
-def _polynomials(X: Tensor, steps: int) -> Tensor:
-    """Jordan's iteration in float64."""
-    Y = X.double() if X.shape[-2] <= X.shape[-1] else X.mT.double()
-    Y = Y / torch.linalg.matrix_norm(Y, keepdim=True)
-    for _ in range(steps):
-        A = Y @ Y.mT
-        Y = JORDAN[0] * Y + (JORDAN[1] * A + JORDAN[2] * A @ A) @ Y
-    return Y if X.shape[-2] <= X.shape[-1] else Y.mT
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return (torch.dist(found.double(), expected) / expected.norm()).item()
 
 
 def _decaying(rows: int, columns: int, decades: float, device: torch.device) -> Tensor:
@@ -83,7 +68,7 @@ def _in_batches(batches: Sequence[Tensor], form: str) -> None:
 
 
 def _worst(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> float:
-    return max(_distance(function(X[0]), _polynomials(X[0], 5)) for X in batches)
+    return max(distance(function(X[0]), polynomials(X[0], 5)) for X in batches)
 
 
 def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
@@ -107,27 +92,6 @@ def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-class Steps:
-    """An optimizer over all those matrices, with gradients that it shares with the others."""
-
-    def __init__(self, cls: Any, gradients: Sequence[Tensor]) -> None:
-        params = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
-        self.step = cls(params, lr=1e-3).step
-
-
-def whole_step(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """``step()`` itself: momentum, matrices, weight decay and parameters in fp32."""
-    d, d_ff, layers = args.width, 4 * args.width, args.layers
-    layer = [(d, d)] * 4 + [(d_ff, d), (d_ff, d), (d, d_ff)]
-    gradients = [torch.randn(shape, device=device) for shape in layer * layers]
-    limit = 0.5 if device.type == "cuda" else 0.75
-    classes = {"fused_optim.Muon": fused_optim.Muon, "torch.optim.Muon": torch.optim.Muon}
-    contenders = [Contender(label, Steps(cls, gradients).step) for label, cls in classes.items()]
-    return [Case(f"Muon.step(), {layers} layers of {d}", contenders, {"torch.optim.Muon": limit})]
-
-
 def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """Soft clipping against the released iterations in the same dtype, over ratios of the norm to c."""
     cases = []
@@ -144,12 +108,12 @@ def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
                     Contender(
                         "fused_optim",
                         lambda X=given, c=c: soft_clip(X, c),
-                        lambda X=given, c=c, e=expected: _distance(soft_clip(X, c), e),
+                        lambda X=given, c=c, e=expected: distance(soft_clip(X, c), e),
                     ),
                     Contender(
                         "released",
                         lambda X=given, c=c, d=dtype: released_soft_clip(X, c, d),
-                        lambda X=given, c=c, d=dtype, e=expected: _distance(released_soft_clip(X, c, d), e),
+                        lambda X=given, c=c, d=dtype, e=expected: distance(released_soft_clip(X, c, d), e),
                     ),
                     Contender("orthogonalize", lambda X=given: orthogonalize(X, "jordan", 5)),
                 ]
@@ -157,7 +121,7 @@ def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
                 cases.append(Case(title, contenders, limits))
                 theirs = contenders[1]
                 as_exact = partial(soft_clip, given, c, tolerance=max(theirs.error(), 1e-7))
-                ours = Contender("fused_optim", as_exact, lambda f=as_exact, e=expected: _distance(f(), e))
+                ours = Contender("fused_optim", as_exact, lambda f=as_exact, e=expected: distance(f(), e))
                 cases.append(Case(f"{title}, as exact as released", [ours, theirs], {"released": 0.5}))
     return cases
 

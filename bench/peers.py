@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +33,11 @@ class MissingPeerError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's classes by the catalogue's rule names; options stay with the adapter."""
+    """Another library's classes by the catalogue's rule names; options stay with the adapter.
+
+    ``names`` translates hyperparameters that the library calls otherwise, ``group`` holds the keys by which
+    its parameter groups choose an algorithm, ``device`` is the only kind that it runs on.
+    """
 
     package: str
     module: str
@@ -39,28 +46,49 @@ class Peer:
     state_bits: int = 32
     slow: bool = False
     compiled: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    group: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
 
     def make(self, rule: str, params: Sequence[Tensor], hyper: Mapping[str, Any]) -> Optimizer:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                cls = getattr(importlib.import_module(self.module), self.classes[rule])
-        except ImportError as error:
-            raise MissingPeerError(f"{self.package} is not installed ({error})") from None
-        accepted = inspect.signature(cls).parameters
-        shared = {name: value for name, value in hyper.items() if name in accepted}
-        try:
-            optimizer = cls(params, **shared, **self.options)
-        except NotImplementedError as error:
-            raise MissingPeerError(f"{self.package} does not run here ({error})") from None
+        """The library's optimizer.
+
+        Raises:
+            MissingPeerError: it is not here, or does not run here.
+        """
+        elsewhere = {param.device.type for param in params} - {self.device}
+        if self.device and elsewhere:
+            raise MissingPeerError(f"{self.package} runs on {self.device}, not on {', '.join(elsewhere)}")
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                cls = operator.attrgetter(self.classes[rule])(importlib.import_module(self.module))
+            except ImportError as error:
+                raise MissingPeerError(f"{self.package} is not installed ({error})") from None
+            accepted = inspect.signature(cls).parameters
+            named = {self.names.get(name, name): value for name, value in hyper.items()}
+            shared = {name: value for name, value in named.items() if name in accepted}
+            grouped = [{"params": list(params), **self.group}] if self.group else params
+            try:
+                optimizer = cls(grouped, **{**shared, **self.options})
+            except (ImportError, RuntimeError) as error:
+                # What it builds at first use, or a part of it that is a package of its own.
+                reason = str(error.__cause__ or error).partition("\n")[0][:200]
+                raise MissingPeerError(f"{self.package} does not run here ({reason})") from None
         if self.compiled:
             optimizer.step = torch.compile(optimizer.step)
         return optimizer
+
+    def class_name(self, rule: str) -> str:
+        """The class without the modules that hold it, and the algorithm that its groups choose."""
+        return " ".join([self.classes[rule].rpartition(".")[2], *map(str, self.group.values())])
 
 
 _TORCH = {"adam": "AdamW", "adam_amsgrad": "AdamW", "sgd": "SGD", "sgd_momentum": "SGD"}
 _BITSANDBYTES = {"adam": "AdamW", "lion": "Lion"}
 _8BIT = {"adam": "AdamW8bit", "lion": "Lion8bit"}
+_DEEPSPEED = {"adam": "adam.DeepSpeedCPUAdam", "lion": "lion.DeepSpeedCPULion"}
+_MUONIUM = {"weight_decay": "wd", "betas": "adam_betas", "eps": "adam_eps"}
 
 PEERS: dict[str, Peer] = {
     "torch-fused": Peer("torch", "torch.optim", _TORCH, {"fused": True}),
@@ -73,6 +101,15 @@ PEERS: dict[str, Peer] = {
     "flashoptim": Peer("flashoptim", "flashoptim", {"adam": "FlashAdamW", "lion": "FlashLion"}, state_bits=8),
     "bitsandbytes": Peer("bitsandbytes", "bitsandbytes.optim", _BITSANDBYTES),
     "bitsandbytes-8bit": Peer("bitsandbytes", "bitsandbytes.optim", _8BIT, state_bits=8),
+    "deepspeed-cpu": Peer("deepspeed", "deepspeed.ops", _DEEPSPEED, slow=True, device="cpu"),
+    "muonium": Peer(
+        "muonium",
+        "muonium",
+        {"adam": "Muon"},
+        {"fused_adam": True},
+        names=_MUONIUM,
+        group={"algorithm": "adamw"},
+    ),
     "torchao-8bit": Peer("torchao", "torchao.optim", {"adam": "AdamW8bit"}, state_bits=8, slow=True),
 }
 
@@ -123,7 +160,8 @@ class Contender:
     @property
     def label(self) -> str:
         """Unique within a case; the rule's class name, how parameters and (ours) states are stored."""
-        name = recipes()[self.rule].cls.__name__ if self.is_ours else PEERS[self.source].classes[self.rule]
+        ours = recipes()[self.rule].cls.__name__
+        name = ours if self.is_ours else PEERS[self.source].class_name(self.rule)
         storage = f"{self.param}/{self.states}" if self.is_ours and RULES[self.rule].slots else self.param
         options = "".join(f" {value}" for _, value in self.options)
         return f"{self.source} {name}{_variant(self.rule, name)} {storage}{options}"

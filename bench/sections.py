@@ -40,9 +40,13 @@ def _tensors(case: Record) -> str:
     return f"{case['tensors']} tensor{'s' * (case['tensors'] > 1)}"
 
 
+def _timed(row: Record) -> bool:
+    return row.get("status", "ok") == "ok"
+
+
 def _split(case: Record) -> tuple[list[Record], list[Record]]:
     """Our rows and the peers' rows that were timed."""
-    timed = [row for row in case["rows"] if row["status"] == "ok"]
+    timed = list(filter(_timed, case["rows"]))
     ours = [row for row in timed if row["source"] == "fused_optim"]
     return ours, [row for row in timed if row["source"] != "fused_optim"]
 
@@ -167,16 +171,14 @@ def step(result: Result, stem: Path) -> Section:
 
 def _ms_table(title: str, rows: Sequence[Record]) -> Table:
     header = ["contender", "median ms", "q1–q3", "rounds", "error"]
-    lines = [
-        [
-            row["label"],
-            f"{row['ms']['median']:.4g}",
-            f"{row['ms']['q1']:.4g}–{row['ms']['q3']:.4g}",
-            str(row["ms"]["n"]),
-            "" if row.get("error") is None else f"{row['error']:.1e}",
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        if not _timed(row):
+            lines.append([row["label"], *[""] * 3, f"{row['status']}: {row['reason']}"])
+            continue
+        ms, error = row["ms"], row.get("error")
+        times = [f"{ms['median']:.4g}", f"{ms['q1']:.4g}–{ms['q3']:.4g}", str(ms["n"])]
+        lines.append([row["label"], *times, "" if error is None else f"{error:.1e}"])
     return Table(title, header, lines)
 
 
@@ -186,8 +188,9 @@ def times(result: Result, stem: Path) -> Section:
     section = Section(str(data.get("kind", "times")).replace("_", " ").capitalize(), circumstances(data))
     ratios, errors = [], []
     for case in cases:
-        first, *others = case["rows"]
-        by_target = {target["against"]: tuple(target["quartiles"]) for target in case.get("targets", ())}
+        first, *others = filter(_timed, case["rows"])
+        measured = [target for target in case.get("targets", ()) if "quartiles" in target]
+        by_target = {target["against"]: tuple(target["quartiles"]) for target in measured}
         bars = [
             Bar(row["label"], first["ms"]["median"] / row["ms"]["median"], by_target.get(row["label"]))
             for row in others

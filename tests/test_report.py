@@ -170,7 +170,17 @@ def _files() -> dict[str, Any]:
         "torch_threads": 2,
         "gpu": None,
     }
+    absent = {"label": "muonium", "status": "missing", "reason": "muonium runs on cuda, not on cpu"}
+    timed = [{"label": name, "status": "ok", "ms": ms, "error": 0.01} for name in ("fused_optim", "peer")]
+    unmeasured = {"kind": "ratio", "against": "muonium", "limit": 0.5, "measured": None, "met": None}
     return {
+        "times": {
+            "kind": "newton_schulz",
+            "machine": machine,
+            "cases": [
+                {"name": "Muon.step()", "rounds": 3, "rows": [*timed, absent], "targets": [unmeasured]}
+            ],
+        },
         "products": {
             "kind": "products",
             "machine": {**machine, "gpu": {"name": "A GPU"}, "commit": "abc+"},
@@ -245,6 +255,7 @@ def test_other_kinds_are_shown_or_named(
         "A GPU",
         "abc, with changes",
         "failed: no <memory>",
+        "missing: muonium runs on cuda, not on cpu",
         "This version beside main",
         "A processor, 3 cores",
         "Compiled kernels, sm_90",
@@ -261,7 +272,7 @@ def test_other_kinds_are_shown_or_named(
         assert text in page.text, text
     for name in ("quick", "empty", "no_kernels", "other", "list", "broken"):
         assert f"left out: {name}.json: " in printed and f"{name}.json: " in page.text
-    assert len(page.images) == 6
+    assert len(page.images) == 8
 
 
 def test_only_one_size_changes_in_the_scaling() -> None:

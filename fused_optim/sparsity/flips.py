@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +34,13 @@ class FlipRate:
 
     ``r = |M - M'| / D``: bits that differ between two masks of ``D`` weights. Masks are those that the
     optimizer keeps, and before a parameter's first step those that this will find; a dense optimizer is
-    measured by the masks that ``recipe`` would find in its weights, always its last pattern. The first look
-    is taken here. What a recipe prunes at once, after a dense beginning or at a dense end, flips as well.
+    measured by the masks that ``recipe`` would find in its weights, always its last pattern. Constructing
+    takes the first look. What a recipe prunes at once, after a dense beginning, flips by this definition too,
+    and so does what returns at a dense end.
 
-    A look reads 1/4 byte per weight and not the weights (those of a dense optimizer it does), and nothing
-    waits for the device. The last masks are kept: 1/8 byte per weight. Of a DTensor all ranks' flips are
-    counted, so every rank must look.
+    Masks that the optimizer keeps cost 1/4 byte read per weight, no look at the weights, and nothing waits
+    for the device; for a dense optimizer all weights are read. The last masks are kept: 1/8 byte per weight.
+    Of a DTensor all ranks' flips are counted, so every rank must look.
 
     Args:
         optimizer: any class of this library; parameters that it is given later are not looked at.
@@ -105,6 +106,24 @@ class FlipRate:
         if not self._rates:
             raise ValueError("there are no flip rates yet; call measure() after some steps")
         return dict(self._rates)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masks of the last look by name, packed, for a checkpoint; they are not copied."""
+        return {place.name: mask for place, mask in zip(self._places, self._masks, strict=True)}
+
+    def load_state_dict(self, masks: Mapping[str, Tensor]) -> None:
+        """Takes the masks of another last look, so that a resumed training measures what a whole one does.
+
+        Raises:
+            ValueError: masks of other parameters.
+            TypeError: masks that are not packed.
+        """
+        own = self.state_dict()
+        if masks.keys() != own.keys():
+            raise ValueError(f"masks of {sorted(masks)} are not those of {sorted(own)}: of another optimizer")
+        for name, mask in own.items():
+            count_flips(mask, masks[name].to(mask.device))
+        self._masks = [masks[name].to(mask.device, copy=True) for name, mask in own.items()]
 
     @torch.no_grad()
     def _mask(self, place: _Place) -> Tensor:

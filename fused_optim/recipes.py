@@ -128,8 +128,8 @@ class MaskedDecay(Transposable):
 
     Args:
         total_steps: of the training.
-        decay: strength of the pull on pruned weights; choose it so that
-            :func:`fused_optim.sparsity.count_flips` of a short run is 0.6 to 0.95 times that of a dense one.
+        decay: strength of the pull on pruned weights; :func:`fused_optim.sparsity.choose_decay` finds it by
+            the flip rates of short runs (:class:`fused_optim.sparsity.FlipRate`).
         every: steps between new masks.
         dense_end: the dense part at the end, in [0, 1); 0 to end with masks.
         transposable: 2 of 4 in rows and columns, so that the backward pass is sparse as well.

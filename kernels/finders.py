@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from . import compiled_masks
@@ -51,4 +50,4 @@ class Blocks:
         """The largest sum of magnitudes; all weights if more than two are to be kept."""
         found = compiled_masks.of_blocks(w)
         found = best_of_blocks(w) if found is None else found
-        return found | (torch.as_tensor(kept, device=w.device) > 2)
+        return found | (kept > 2)

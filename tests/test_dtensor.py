@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fused_optim
-from fused_optim.sparsity import SRSTE, MaskedDecay, OneShot
+from fused_optim.sparsity import SRSTE, FlipRate, MaskedDecay, OneShot
 from tests.readme import code_of
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
@@ -98,6 +98,28 @@ def _check_masks(mesh: Any) -> None:
         fused_optim.AdamW([param], sparsity=SRSTE(strict=True))
 
 
+def _check_flips(mesh: Any) -> None:
+    """Every rank knows what part of the whole mask changed."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(4)
+    weight, gradient, recipe = torch.randn(12, 24), torch.randn(12, 24), SRSTE()
+    for sparsity in (recipe, None):
+        rates = []
+        for placement in (None, Shard(0), Shard(1), Replicate()):
+            parts = [
+                t.clone() if placement is None else distribute_tensor(t.clone(), mesh, [placement])
+                for t in (weight, gradient)
+            ]
+            param = torch.nn.Parameter(parts[0])
+            optimizer = fused_optim.AdamW([("w", param)], lr=0.5, sparsity=sparsity)
+            flips = FlipRate(optimizer, recipe)
+            param.grad = parts[1]
+            optimizer.step()
+            rates.append((flips.measure().item(), flips.by_name()["w"].item()))
+        assert rates[0][0] > 0 and rates == [rates[0]] * 4, rates
+
+
 class _Layers(torch.nn.Module):
     """A model as the README's recipe takes it."""
 
@@ -146,6 +168,7 @@ def _worker(rank: int, port: int) -> None:
             assert torch.equal(shard.detach().full_tensor(), whole.detach()), (name, placement)
     _check_blocks(mesh)
     _check_masks(mesh)
+    _check_flips(mesh)
     _check_the_recipe()
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param], clip_grad_norm=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from bench import sparse_learning
-from fused_optim.sparsity import load_sparse
+from fused_optim.sparsity import load_sparse, masks_of
 from fused_optim.training import pretrain, report, sparse
 from fused_optim.training.config import parse, resolve
 from fused_optim.training.data import load_corpus, validation_batches
@@ -73,6 +74,9 @@ def test_models_end_sparse_and_can_be_loaded(
     record = _results(out)["runs"]["fused_optim"]
     assert (record["sparsity"]["matrices"], record["sparsity"]["wrong"]) == (len(MATRICES), [])
     assert record["sparsity"]["density"] == n / m
+    assert _results(out)["summary"]["fused_optim"]["flip_rate"] == pytest.approx(
+        np.mean([rate for _, rate in record["flips"]]).item() if record["flips"] else None
+    )
     assert f"{options[0]} {n}:{m}" in (table := capsys.readouterr().out)
     assert f"{n}:{m} in 7 matrices" in table
 
@@ -106,9 +110,49 @@ def test_a_model_that_is_not_sparse_fails(
     assert captured.err.endswith("pretrain: error: the model is not 2:4, see above\n")
 
 
-@pytest.mark.parametrize("name", ["one-shot", "sr-ste", "cast"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["one-shot", "--dense-steps", "3"], [8]),
+        (["sr-ste", "--dense-steps", "5"], []),
+        (["mask-decay"], [4, 8]),
+        (["structure-decay"], [8]),
+        (["masked-decay"], [4]),
+        (["cast"], [4, 8]),
+        (["sr-ste", "--dense-steps", "0", "--pattern", "6:8"], [4, 8]),
+    ],
+    ids=lambda value: value[0] if value and isinstance(value[0], str) else None,
+)
+def test_flips_are_told_from_pruning(options: list[str], expected: list[int]) -> None:
+    config = resolve(parse([*RUN, "--sparsity", *options]))
+    assert [now for now in (4, 8) if sparse.keeps_pattern(config, now - 4, now)] == expected
+
+
+def test_flips_are_counted_between_validations(text: Path, tmp_path: Path) -> None:
+    masks: list[dict[str, np.ndarray]] = []
+    config = resolve(parse(["--data", str(text), *RUN, "--sparsity", "sr-ste", "--dense-steps", "0"]))
+    trainer = Trainer("fused_optim", config, load_corpus(str(text), None))
+    for at in range(config.steps + 1):
+        if at % config.eval_every == 0:
+            masks.append({name: mask.numpy() for name, mask in masks_of(trainer.optimizer).items()})
+        if at < config.steps:
+            trainer.advance()
+    rates = [
+        np.mean(np.concatenate([(old[k] != new[k]).ravel() for k in old])) for old, new in pairwise(masks)
+    ]
+    assert trainer.record.flips == [[4, rates[0]], [8, rates[1]]] and min(rates) > 0
+    old = trainer.state()
+    del old["masks"]
+    trainer.load(old)
+    assert trainer._flips is not None and trainer._flips.measure() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [("one-shot", 4), ("sr-ste", 4), ("cast", 4), ("mask-decay", 3), ("structure-decay", 3)],
+)
 def test_resuming_is_bit_exact(
-    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._train_step
 
@@ -117,7 +161,7 @@ def test_resuming_is_bit_exact(
             signal.raise_signal(signal.SIGTERM)
         step(trainer)
 
-    everything = ["--data", text, *RUN, "--sparsity", name, "--checkpoint-every", "8"]
+    everything = ["--data", text, *RUN, "--sparsity", name, "--checkpoint-every", "8", "--eval-every", every]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert _pretrain(*everything, "--out", whole) == 0
     with monkeypatch.context() as patched:
@@ -128,6 +172,9 @@ def test_resuming_is_bit_exact(
     assert found["train_loss"] == expected["train_loss"]
     assert found["validation"] == expected["validation"]
     assert found["sparsity"]["density"] == expected["sparsity"]["density"]
+    assert found["flips"] == expected["flips"]
+    # Stopped between two validations: the masks of the first are in the checkpoint.
+    assert every == 4 or any(rate > 0 for at, rate in expected["flips"] if at > 4)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from ..progressive import MaskDecay, StructureDecay
 from ..recipe import Sparsity
 from ..recipes import CAST, SRSTE, MaskedDecay, OneShot
+from .decay import choose_decay
 from .files import load_sparse, save_sparse
+from .flips import FlipRate
 from .masks import check_mask, count_flips, nm_mask, pack_mask, transposable_mask, unpack_mask
 from .modules import MagnitudeMask, WeightScale, distillation_loss, mask_forward, unmask_forward
 from .pruning import Report, prune, report, verify
@@ -13,6 +15,7 @@ from .state import apply_masks, listing, masks_of
 __all__ = [
     "CAST",
     "SRSTE",
+    "FlipRate",
     "MagnitudeMask",
     "MaskDecay",
     "MaskedDecay",
@@ -23,6 +26,7 @@ __all__ = [
     "WeightScale",
     "apply_masks",
     "check_mask",
+    "choose_decay",
     "count_flips",
     "distillation_loss",
     "listing",

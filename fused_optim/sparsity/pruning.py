@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,13 +155,17 @@ def verify(
 
 @dataclass(frozen=True)
 class Row:
-    """A matrix of a model: what part of it is not zero, and what part of its squared norm the mask keeps."""
+    """A matrix of a model: what part of it is not zero, what part of its squared norm the mask keeps.
+
+    And which part of its mask changed, where that was measured.
+    """
 
     name: str
     shape: tuple[int, ...]
     density: float
     energy: float | None
     pattern: str
+    flips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -173,15 +177,17 @@ class Report:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        header = ("weight", "shape", "density", "energy kept", "pattern")
+        moved = any(row.flips is not None for row in self.rows)
+        header = ("weight", "shape", "density", "energy kept", *(["flips"] if moved else []), "pattern")
         lines: list[tuple[str, ...]] = [header]
         for row in self.rows:
-            energy = "" if row.energy is None else f"{row.energy:.4f}"
-            lines.append((row.name, "x".join(map(str, row.shape)), f"{row.density:.4f}", energy, row.pattern))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+            shares = (row.density, row.energy, *([row.flips] if moved else []))
+            cells = ("" if share is None else f"{share:.4f}" for share in shares)
+            lines.append((row.name, "x".join(map(str, row.shape)), *cells, row.pattern))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = [
             "  ".join(
-                cell.ljust(width) if i in (0, 4) else cell.rjust(width)
+                cell.ljust(width) if i in (0, len(widths) - 1) else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -195,13 +201,20 @@ class Report:
 
 @torch.no_grad()
 def report(
-    model: nn.Module, n: int = 2, m: int = 4, *, dim: int | None = None, apply_to: ApplyTo | None = None
+    model: nn.Module,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dim: int | None = None,
+    apply_to: ApplyTo | None = None,
+    flips: Mapping[str, float | Tensor] | None = None,
 ) -> Report:
     """How sparse each matrix of a model is, and how much of it an N:M mask keeps.
 
     Of each parameter with two dimensions or more: the share of weights that are not zero, the share of its
     squared norm that the largest ``n`` of every ``m`` have, and its pattern: ``"2:4"`` (for these ``n`` and
-    ``m``), ``"dense"``, or ``"left out"``, which is not meant to be pruned.
+    ``m``), ``"dense"``, or ``"left out"``, which is not meant to be pruned; and how much of its mask changed,
+    if that was measured.
 
     Args:
         model: any module.
@@ -209,12 +222,14 @@ def report(
         m: weights of a group.
         dim: as for :func:`prune`.
         apply_to: as for :func:`prune`.
+        flips: flip rates by the model's names, such as those of :meth:`FlipRate.by_name`.
 
     Returns:
-        ``rows`` of ``name``, ``shape``, ``density``, ``energy`` (None where left out) and ``pattern``.
+        ``rows`` of ``name``, ``shape``, ``density``, ``energy`` (None where left out), ``pattern`` and
+        ``flips`` (None where there are none).
 
     Raises:
-        ValueError: as for :func:`prune`.
+        ValueError: flip rates of parameters that are no matrices of the model, or as for :func:`prune`.
         TypeError: a value of the wrong type.
 
     Example:
@@ -229,13 +244,22 @@ def report(
     """
     _check(model, n, m, dim, apply_to)
     meant = {weight.param: weight for weight in weights(model, m, dim, apply_to)}
+    given: Any = {} if flips is None else flips
+    if not isinstance(given, Mapping):
+        raise TypeError(f"flips must map names to flip rates, as FlipRate.by_name does, got {flips!r}")
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.numel()}
+    rates = {name: float(rate) for name, rate in given.items()}
+    unknown = [name for name in rates if name not in matrices]
+    if unknown:
+        raise ValueError(
+            f"flips names {', '.join(map(repr, unknown))}, no matrix of the model; give the optimizer "
+            "model.named_parameters(), so that both use the same names"
+        )
     rows: list[Row] = []
-    for name, param in model.named_parameters():
-        if param.ndim < 2 or not param.numel():
-            continue
+    for name, param in matrices.items():
         density = int(param.count_nonzero()) / param.numel()
         if param not in meant:
-            rows.append(Row(name, tuple(param.shape), density, None, "left out"))
+            rows.append(Row(name, tuple(param.shape), density, None, "left out", rates.get(name)))
             continue
         along = meant[param].dim
         squares = param.float().square()
@@ -248,5 +272,5 @@ def report(
             else 1.0
         )
         pattern = f"{n}:{m}" if check_mask(param, n, m, along) else "dense"
-        rows.append(Row(name, tuple(param.shape), density, energy, pattern))
+        rows.append(Row(name, tuple(param.shape), density, energy, pattern, rates.get(name)))
     return Report(n, m, tuple(rows))

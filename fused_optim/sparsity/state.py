@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import masking
 from ..kernels.launch import Key
 from ..optimizer import FusedOptimizer
+from ..recipe import Sparsity
 
 
 class Place(NamedTuple):
@@ -80,13 +81,15 @@ def listing(optimizer: FusedOptimizer) -> list[Place]:
     for group, position, param in optimizer._parameters():
         recipe = optimizer.param_groups[group]["sparsity"]
         own_name = optimizer._parameter_name(group, position)
-        name, pattern = own_name or optimizer._name(group, position), "dense"
-        if recipe is None:
-            reason = "no sparsity option"
-        elif not recipe.means(own_name, param):
-            reason = "not meant by apply_to"
-        else:
-            reason = recipe.unfit(param) or ""
-            pattern = pattern if reason else f"{recipe.n}:{recipe.m}"
+        name = own_name or optimizer._name(group, position)
+        reason = why_dense(recipe, own_name, param)
+        pattern = "dense" if recipe is None or reason else f"{recipe.n}:{recipe.m}"
         places.append(Place(name, tuple(param.shape), pattern, reason))
     return places
+
+
+def why_dense(recipe: Sparsity | None, own_name: str, param: Tensor) -> str:
+    """Why a recipe leaves a parameter dense; empty if it does not."""
+    if recipe is None:
+        return "no sparsity option"
+    return recipe.unfit(param) or "" if recipe.means(own_name, param) else "not meant by apply_to"

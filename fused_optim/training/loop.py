@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..master import set_full_precision
 from ..optimizer import FusedOptimizer
-from ..sparsity import apply_masks
+from ..sparsity import FlipRate, apply_masks
 from .config import PretrainConfig
 from .data import Corpus, UsageError, training_batch, validation_batches
 from .model import (
@@ -32,7 +32,7 @@ from .model import (
     stored_bytes,
 )
 from .optimizers import build_optimizer, build_schedule, label, param_dtype
-from .sparse import check_masked, outcome
+from .sparse import check_masked, keeps_pattern, outcome
 
 _BAR_WINDOW = 20
 
@@ -51,6 +51,7 @@ class Record:
     memory: dict[str, int] = field(default_factory=dict)
     spectral_norms: dict[str, float] = field(default_factory=dict)
     sparsity: dict[str, Any] = field(default_factory=dict)
+    flips: list[list[float]] = field(default_factory=list)
 
 
 class Interrupt(AbstractContextManager["Interrupt"]):
@@ -102,10 +103,12 @@ class Trainer:
         if isinstance(self.optimizer, FusedOptimizer):
             for param, weight in zip(self.model.parameters(), weights, strict=True):
                 set_full_precision(self.optimizer, param, weight)
+        self._flips: FlipRate | None = None
         if contender != "torch" and config.sparsity is not None:
             assert isinstance(self.optimizer, FusedOptimizer)
             check_masked(self.optimizer, config)
             apply_masks(self.optimizer)
+            self._flips = FlipRate(self.optimizer)
         self.schedule = build_schedule(self.optimizer, config)
         # fp16 gradients of a mean loss are mostly below fp16's range; disabled, a scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
@@ -129,6 +132,7 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
             "record": asdict(self.record),
+            "masks": {} if self._flips is None else self._flips.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -141,6 +145,10 @@ class Trainer:
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.record = Record(**state["record"])
+        if self._flips is not None:
+            # Checkpoints of earlier versions have no masks of the last validation: the present ones serve.
+            self._flips.measure()
+            self._flips.load_state_dict(state.get("masks", self._flips.state_dict()))
 
     def run(self, interrupt: Interrupt, save: Callable[[Trainer], None], show_bar: bool) -> bool:
         """Trains to the end, or until interrupted; True if it is finished."""
@@ -216,6 +224,10 @@ class Trainer:
 
     def _validate(self) -> None:
         batches = [tokens.to(self.device) for tokens in self._validation]
+        if self._flips is not None and self.record.validation:
+            rate = self._flips.measure().item()
+            if keeps_pattern(self.config, self.record.validation[-1][0], self.step):
+                self.record.flips.append([self.step, rate])
         self.record.validation.append([self.step, mean_loss(self.model, batches)])
 
     def _synchronize(self) -> None:

@@ -70,6 +70,7 @@ def summarize(record: Record, config: PretrainConfig) -> dict[str, Any]:
         "activation_bytes": record.memory["activations"],
         "mean_spectral_norm": fmean(record.spectral_norms.values()),
         "density": record.sparsity["density"] if record.sparsity else None,
+        "flip_rate": fmean(rate for _, rate in record.flips) if record.flips else None,
     }
 
 
@@ -96,12 +97,13 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
         "bytes/parameter",
         "activations",
         "spectral norm",
-        *(["density"] if any(record.sparsity for record in records.values()) else []),
+        *(["density", "flips"] if any(record.sparsity for record in records.values()) else []),
     ]
     rows = [head]
     for name, row in summaries.items():
         parts = row["bytes_per_parameter"]
-        density = [] if len(head) < 10 else [_percent(row["density"])]
+        # Results of earlier versions have no flip rates.
+        masks = [_percent(row.get("density"), "dense"), _percent(row.get("flip_rate"), "none")]
         rows.append([
             records[name].label,
             f"{row['train_loss']:.4f}",
@@ -112,15 +114,15 @@ def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]
             " + ".join(f"{parts[part]:.3g}" for part in _PARTS) + f" = {sum(parts.values()):.3g}",
             f"{row['activation_bytes'] / 2**20:.1f} MiB",
             f"{row['mean_spectral_norm']:.2f}",
-            *density,
+            *(masks if len(head) > 9 else []),
         ])  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _percent(share: float | None) -> str:
-    return "dense" if share is None else f"{100 * share:.1f} %"
+def _percent(share: float | None, without: str) -> str:
+    return without if share is None else f"{100 * share:.1f} %"
 
 
 def finite(value: Any) -> Any:

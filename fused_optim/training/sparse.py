@@ -136,6 +136,12 @@ def check_masked(optimizer: FusedOptimizer, config: Any) -> None:
         )
 
 
+def keeps_pattern(config: Any, before: float, now: float) -> bool:
+    """Whether as many weights of a group had a place in the mask all the time, and not all of them."""
+    recipe = build_recipe(config)
+    return recipe is not None and recipe.kept(before) == recipe.kept(now) < recipe.largest_group
+
+
 def outcome(optimizer: FusedOptimizer, model: nn.Module, config: Any) -> dict[str, Any]:
     """What is left of every masked matrix of a trained model, counted in the model itself.
 

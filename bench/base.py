@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import fused_optim
-import fused_optim.kernels
+from fused_optim.kernels import dispatch
 from fused_optim.kernels.native import cpu, library
 
 from .cases import Case
@@ -122,10 +122,11 @@ def _copy_libraries(site: Path) -> None:
 
 def _this_version(site: Path) -> Path:
     """A folder with what this process imports."""
-    for package, name in ((fused_optim, "fused_optim"), (fused_optim.kernels, "fused_optim/kernels")):
-        for root in package.__path__:
-            hidden = shutil.ignore_patterns("lib", "kernels", "__pycache__")
-            shutil.copytree(root, site / name, ignore=hidden, dirs_exist_ok=True)
+    # Not by __path__: that of an editable installation has the whole checkout.
+    for module, name in ((fused_optim, "fused_optim"), (dispatch, "fused_optim/kernels")):
+        assert module.__file__ is not None
+        hidden = shutil.ignore_patterns("lib", "kernels", "__pycache__")
+        shutil.copytree(Path(module.__file__).parent, site / name, ignore=hidden)
     _copy_libraries(site)
     return site
 

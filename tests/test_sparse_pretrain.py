@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import fused_optim
 from bench import sparse_learning
+from fused_optim.master import full_precision
 from fused_optim.sparsity import load_sparse, masks_of
 from fused_optim.training import pretrain, report, sparse
 from fused_optim.training.config import parse, resolve
@@ -148,11 +150,21 @@ def test_flips_are_counted_between_validations(text: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "every"),
-    [("one-shot", 4), ("sr-ste", 4), ("cast", 4), ("mask-decay", 3), ("structure-decay", 3)],
+    ("options", "every"),
+    [
+        (["one-shot"], 4),
+        (["sr-ste"], 4),
+        (["cast", "--dense-steps", "0"], 4),
+        # Stopped when AdamS has taken a step, and just before its first.
+        (["cast", "--dense-steps", "4"], 4),
+        (["cast", "--dense-steps", "5"], 4),
+        (["mask-decay"], 3),
+        (["structure-decay"], 3),
+    ],
+    ids=lambda value: "_".join(value).replace("_--", "_") if isinstance(value, list) else None,
 )
 def test_resuming_is_bit_exact(
-    name: str, every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._train_step
 
@@ -161,7 +173,17 @@ def test_resuming_is_bit_exact(
             signal.raise_signal(signal.SIGTERM)
         step(trainer)
 
-    everything = ["--data", text, *RUN, "--sparsity", name, "--checkpoint-every", "8", "--eval-every", every]
+    everything = [
+        "--data",
+        text,
+        *RUN,
+        "--sparsity",
+        *options,
+        "--checkpoint-every",
+        "8",
+        "--eval-every",
+        every,
+    ]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert _pretrain(*everything, "--out", whole) == 0
     with monkeypatch.context() as patched:
@@ -186,9 +208,10 @@ def test_resuming_is_bit_exact(
         (["--sparsity", "sr-ste", "--pattern", "4:2"], "0 < n < m <= 32"),
         (["--sparsity", "sr-ste", "--pattern", "1:5"], "--pattern 1:5 fits no matrix: dimension 1 has 32"),
         (
-            ["--sparsity", "cast", "--dense-steps", "3"],
+            ["--sparsity", "masked-decay", "--dense-steps", "3"],
             "--dense-steps does not exist for --sparsity",
         ),
+        (["--sparsity", "cast", "--pattern", "1:5"], "--pattern 1:5 fits no matrix: dimension 1 has 32"),
         (["--sparsity", "one-shot", "--pruned-decay", "1"], "--pruned-decay does not exist"),
         (["--sparsity", "one-shot", "--dense-steps", "8"], "less than --steps 8"),
         (["--sparsity", "cast", "--pruned-decay", "-1"], "--pruned-decay must be finite and 0 or more"),
@@ -249,6 +272,30 @@ def test_recipes_beside_each_other(text: Path, tmp_path: Path, capsys: pytest.Ca
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.splitlines() == found["table"]
     assert sparse_learning.main(["--data", str(text), *options, "--cases", "dense", "asp"]) == 2
+
+
+def test_cast_takes_a_dense_model_over(text: Path) -> None:
+    """AdamW without masks up to there, then AdamS on the same weights, all 24 bits of them."""
+    options = ["--sparsity", "cast", "--dense-steps", "3", "--storage", "split8+int8", "--warmup-steps", "2"]
+    config = resolve(parse(["--data", str(text), *RUN, *options]))
+    corpus = load_corpus(str(text), None)
+    trainer = Trainer("fused_optim", config, corpus)
+    lr = ["--lr", repr(config.lr / RECIPES["cast"].lr_factor)]
+    dense = Trainer("fused_optim", resolve(parse(["--data", str(text), *RUN, *options[4:], *lr])), corpus)
+    for _ in range(3):
+        trainer.advance()
+        dense.advance()
+    assert type(trainer.optimizer) is type(dense.optimizer) is fused_optim.AdamW
+    assert trainer.record.train_loss == dense.record.train_loss
+    before = trainer.optimizer
+    weights = [full_precision(before, p) for p in trainer.model.parameters()]
+    trainer._retrain()
+    after = trainer.optimizer
+    assert type(after) is fused_optim.CASTAdamS and masks_of(after)
+    for param, weight in zip(trainer.model.parameters(), weights, strict=True):
+        assert torch.equal(full_precision(after, param), weight)
+    # It warms up anew, under the schedule of the whole run.
+    assert trainer.schedule.get_last_lr()[0] == pytest.approx(config.lr / 3)
 
 
 def test_a_group_with_too_many_is_found() -> None:

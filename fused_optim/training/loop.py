@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..master import set_full_precision
+from ..master import full_precision, set_full_precision
 from ..optimizer import FusedOptimizer
 from ..sparsity import FlipRate, apply_masks
 from .config import PretrainConfig
@@ -32,7 +32,7 @@ from .model import (
     stored_bytes,
 )
 from .optimizers import build_optimizer, build_schedule, label, param_dtype
-from .sparse import check_masked, keeps_pattern, outcome
+from .sparse import check_masked, keeps_pattern, outcome, retraining_step
 
 _BAR_WINDOW = 20
 
@@ -96,24 +96,42 @@ class Trainer:
         self.model = build_model(config, config.seed)
         weights = [p.detach().clone() for p in self.model.parameters()]
         self.model.to(self.device, DTYPES[dtype])
-        try:
-            self.optimizer = build_optimizer(contender, self.model, config)
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
-        if isinstance(self.optimizer, FusedOptimizer):
-            for param, weight in zip(self.model.parameters(), weights, strict=True):
-                set_full_precision(self.optimizer, param, weight)
         self._flips: FlipRate | None = None
-        if contender != "torch" and config.sparsity is not None:
-            assert isinstance(self.optimizer, FusedOptimizer)
-            check_masked(self.optimizer, config)
-            apply_masks(self.optimizer)
-            self._flips = FlipRate(self.optimizer)
-        self.schedule = build_schedule(self.optimizer, config)
+        self._retrains_at = 0 if contender == "torch" else retraining_step(config)
+        if self._retrains_at:
+            # What would be refused later is refused now.
+            later = self._build(self._retrains_at)
+            assert isinstance(later, FusedOptimizer)
+            check_masked(later, config)
+        self._begin(0, weights)
         # fp16 gradients of a mean loss are mostly below fp16's range; disabled, a scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.record = Record(label(contender, config), sum(p.numel() for p in self.model.parameters()))
         self._validation = validation_batches(corpus, config.batch_size, config.sequence_length)
+
+    def _build(self, step: int) -> torch.optim.Optimizer:
+        try:
+            return build_optimizer(self.contender, self.model, self.config, step)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    def _begin(self, step: int, weights: Sequence[Tensor]) -> None:
+        """Makes the optimizer and schedule of the steps from ``step`` on, which start from these weights."""
+        self.optimizer = optimizer = self._build(step)
+        if isinstance(optimizer, FusedOptimizer):
+            for param, weight in zip(self.model.parameters(), weights, strict=True):
+                set_full_precision(optimizer, param, weight)
+            if self.config.sparsity is not None and step >= self._retrains_at:
+                check_masked(optimizer, self.config)
+                apply_masks(optimizer)
+                self._flips = FlipRate(optimizer)
+        self.schedule = build_schedule(optimizer, self.config, step)
+
+    def _retrain(self) -> None:
+        """The recipe's own optimizer takes the weights over, with the precision that they have."""
+        assert isinstance(self.optimizer, FusedOptimizer)
+        self._begin(self.step, [full_precision(self.optimizer, p) for p in self.model.parameters()])
+        self.record.memory.pop("states")
 
     @property
     def step(self) -> int:
@@ -138,6 +156,8 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Continues where :meth:`state` was taken."""
         self.model.load_state_dict(state["model"])
+        if len(state["record"]["train_loss"]) > self._retrains_at > 0:
+            self._begin(self._retrains_at, list(self.model.parameters()))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -193,6 +213,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         config, record = self.config, self.record
+        if self.step == self._retrains_at > 0:
+            self._retrain()
         start = time.perf_counter()
         tokens = self._batch(self.step)
         if "activations" not in record.memory:

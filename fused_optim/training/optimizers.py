@@ -14,7 +14,7 @@ import fused_optim
 from ..kernels.codecs import CODECS, OF_DTYPE
 from ..spectral import SpectralClip
 from .model import decay_groups
-from .sparse import build_recipe, lr_factor, separate
+from .sparse import build_recipe, lr_factor, retraining_step, separate
 from .storages import Storage
 
 
@@ -46,15 +46,16 @@ OPTIMIZERS = {
 beside AdamW and bears twice its lr with ``match_rms_adamw``."""
 
 
-def class_of(config: Any) -> Callable[..., torch.optim.Optimizer]:
-    """Our class: that of the optimizer, or the one that a recipe brings."""
-    return fused_optim.CASTAdamS if config.sparsity == "cast" else OPTIMIZERS[config.optimizer].ours
+def class_of(config: Any, step: int) -> Callable[..., torch.optim.Optimizer]:
+    """Our class from a step on: that of the optimizer, or the one that a recipe brings."""
+    retrains = config.sparsity == "cast" and step >= retraining_step(config)
+    return fused_optim.CASTAdamS if retrains else OPTIMIZERS[config.optimizer].ours
 
 
 def label(contender: str, config: Any) -> str:
     """How a contender is called in tables and figures."""
     pair = OPTIMIZERS[config.optimizer]
-    ours = class_of(config)
+    ours = class_of(config, config.steps)
     name = getattr(pair.theirs if contender == "torch" else ours, "__name__", config.optimizer)
     if contender != "torch" and config.spectral_clip is not None:
         name = f"{name} clip={config.spectral_clip:g}"
@@ -69,8 +70,8 @@ def param_dtype(contender: str, config: Any) -> str:
     return "fp32" if codec == "auto" else OF_DTYPE[CODECS[codec].planes[0].dtype]
 
 
-def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.optim.Optimizer:
-    """The optimizer of one side of the comparison, over the model's two parameter groups.
+def build_optimizer(contender: str, model: nn.Module, config: Any, step: int = 0) -> torch.optim.Optimizer:
+    """The optimizer of one side of the comparison from a step on, over the model's two parameter groups.
 
     Raises:
         ValueError: options that the optimizer refuses.
@@ -79,7 +80,7 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     groups = decay_groups(model, config.weight_decay)
     moments = {"betas": tuple(config.betas)} if config.betas else {"momentum": config.momentum}
     storage, options = Storage.parse(config.storage), dict(pair.options)
-    their_lr = config.lr / lr_factor(config)
+    lr, their_lr = config.lr, config.lr / lr_factor(config)
     if "others" in options:
         # Muon stands beside AdamW, and AdamW has what is not Muon's.
         options["others_lr"], their_lr = their_lr, their_lr / pair.lr_factor
@@ -90,14 +91,16 @@ def build_optimizer(contender: str, model: nn.Module, config: Any) -> torch.opti
     if config.spectral_clip is not None:
         options["spectral"] = SpectralClip(post=config.spectral_clip)
     recipe = build_recipe(config)
+    if step < retraining_step(config):
+        recipe, lr = None, their_lr
     if recipe is not None:
         options["sparsity"] = recipe
     if recipe is not None and config.sparsity == "cast":
         options["l1"] = config.pruned_decay
         groups = separate(groups, recipe, others_lr=their_lr)
-    return class_of(config)(
+    return class_of(config, step)(
         groups,
-        lr=config.lr,
+        lr=lr,
         param_codec=storage.param_codec,
         state_codec=storage.state_codec,
         clip_grad_norm=config.clip_grad_norm,
@@ -116,8 +119,13 @@ def wsd(step: int, steps: int, warmup: int, decay: int) -> float:
     return min(1.0, (step + 1) / (warmup + 1), max(0, steps - step) / (decay + 1))
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: Any) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule as torch runs it."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: wsd(step, config.steps, config.warmup_steps, config.decay_steps)
-    )
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: Any, first: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule as torch runs it, of an optimizer that begins, warming up, with the step ``first``."""
+    warmup, decay = config.warmup_steps, config.decay_steps
+
+    def factor(step: int) -> float:
+        return min(wsd(first + step, config.steps, warmup, decay), (step + 1) / (warmup + 1))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -64,7 +64,7 @@ def _masked_decay(config: Any, n: int, m: int) -> Sparsity:
 
 
 def _cast(config: Any, n: int, m: int) -> Sparsity:
-    return CAST(n=n, m=m, total_steps=config.steps)
+    return CAST(n=n, m=m, total_steps=config.steps - config.dense_steps)
 
 
 RECIPES = {
@@ -73,9 +73,14 @@ RECIPES = {
     "mask-decay": Recipe(_mask_decay, dense_share=0.1),
     "structure-decay": Recipe(_structure_decay, dense_share=0.0),
     "masked-decay": Recipe(_masked_decay, decay=1e-4),
-    "cast": Recipe(_cast, decay=1e-3, lr_factor=0.6),
+    "cast": Recipe(_cast, dense_share=0.5, decay=1e-3, lr_factor=0.6),
 }
 """AdamS of CAST normalises by the momentum and not by the gradient: its steps are up to 4 times as long."""
+
+
+def retraining_step(config: Any) -> int:
+    """Steps after which an optimizer of its own takes the dense model over: CAST starts from trained ones."""
+    return config.dense_steps if config.sparsity == "cast" else 0
 
 
 def parse_pattern(text: str) -> tuple[int, int]:

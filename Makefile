@@ -20,8 +20,9 @@ help:
 	@echo 'make bench     time a step beside other optimizers (options: ARGS="...")'
 	@echo 'make clean     remove the virtual environment and everything that was built'
 
+# Processes of several tests share the cores: threads that wait must not spin.
 test: $(VENV)/.test
-	@$(python) -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable $(ARGS)
+	@OMP_WAIT_POLICY=passive $(python) -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable $(ARGS)
 
 pretrain: $(VENV)/.pretrain
 	@$(python) -m fused_optim pretrain $(ARGS)

@@ -34,7 +34,8 @@ class CASTAdamS(FusedOptimizer):
     ``corrects_second_moment=False`` does the same. Parameters that have no masks follow AdamW.
 
     As ``v`` averages squares of the momentum instead of the gradient, steps are up to 4 times as long as
-    AdamW's with the same ``lr`` where gradients are mostly noise.
+    AdamW's with the same ``lr`` where gradients are mostly noise. The paper starts from a trained dense
+    model: so train with AdamW first, then make this optimizer for the rest of the steps.
 
     States ``exp_avg`` (m) and ``exp_avg_sq`` (v) have the parameter's shape and are stored as ``state_codec``
     says; ``mask`` has one bit per weight: 8.125 bytes per parameter in fp32. A step moves 28.25 bytes per

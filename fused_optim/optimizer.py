@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from . import checkpoint, masking, storage
+from . import checkpoint, masking, norm, storage
 from .kernels import dispatch
 from .kernels.aliasing import Occupied, find_shared, overlaps_itself
 from .kernels.bucket import Bucket, Member
@@ -350,20 +350,16 @@ class FusedOptimizer(Optimizer, ABC):
         name, grad = self._name(group, position), param.grad
         assert grad is not None
         storage.check_parameter(name, param)
-        grad_codec = storage.check_gradient(name, param, grad, self._needs_norm())
+        grad_codec = storage.check_gradient(name, param, grad)
         key = self._key(group, position, param)
         storage.check_state(name, self.state.get(param, {}), param, key.rule, key.param, key.states)
-        return key._replace(grad=grad_codec)
+        return key._replace(grad=grad_codec, spread=storage.spread(param) if self._needs_norm() else None)
 
     def _update(self, buckets: list[Bucket]) -> None:
         """Prepares all rows, then launches: an error in a row leaves every tensor as it was."""
         clips = [group["clip_grad_norm"] for group in self.param_groups]
         skipping = any(group["skip_nonfinite"] for group in self.param_groups)
-        launched = [bucket for bucket in buckets if bucket.launched]
-        total = None
-        if launched and self._needs_norm():
-            sums = [bucket.driver.square_sum(bucket) for bucket in launched]
-            total = sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
+        total = norm.square_sum(buckets) if self._needs_norm() else None
         skipping = skipping and total is not None
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         controls: dict[torch.device, Control] = {}

@@ -38,7 +38,8 @@ class Options(TypedDict, total=False):
         sparsity: which weights are pruned while the model learns: a recipe of :mod:`fused_optim.sparsity`,
             such as ``SRSTE(n=2, m=4)``.
         clip_grad_norm: largest L2 norm of the gradients of all parameters of this optimizer, after
-            loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed.
+            loss scaling is undone; ``None`` for no clipping. ``p.grad`` itself is not changed. Of DTensors
+            all ranks' shards count: each mesh reduces one number, and every rank must step.
         skip_nonfinite: leave every parameter, state and step count untouched in a step in which any
             gradient is NaN or infinite; ``optimizer.skipped_steps`` counts such steps.
         backend: ``"auto"``, ``"native"``, ``"triton"``, ``"cuda"`` or ``"reference"``.

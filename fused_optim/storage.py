@@ -25,6 +25,15 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def spread(param: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """A DTensor's mesh and those of its dimensions that hold other parts of it; None if all hold all."""
+    if not is_dtensor(param):
+        return None
+    placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
+    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return (param.device_mesh, dims) if dims else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def local_view(tensor: Tensor) -> Tensor:
     """The real, local memory behind a tensor: a DTensor's shard, a complex number's two parts."""
     if is_dtensor(tensor):
@@ -97,12 +106,11 @@ def check_leaves(index: int, group: Any) -> None:
             )
 
 
-def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> Codec:
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> Codec:
     """The codec of a gradient that fits its parameter.
 
     Raises:
-        ValueError: a sparse gradient, another shape, dtype, device or sharding than the parameter's,
-            or a norm asked of sharded gradients.
+        ValueError: a sparse gradient, another shape, dtype, device or sharding than the parameter's.
     """
     if grad.layout != torch.strided:
         raise ValueError(
@@ -121,11 +129,6 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, needs_norm: bool) -> 
     ):
         raise ValueError(
             f"{name} and its gradient are not sharded in the same way; redistribute the gradient"
-        )
-    if needs_norm and is_dtensor(param):
-        raise ValueError(
-            f"{name} is a DTensor: clip_grad_norm and skip_nonfinite would see this rank's gradients only; "
-            "use torch.nn.utils.clip_grad_norm_, which reduces over all ranks"
         )
     return codec
 

@@ -86,7 +86,7 @@ class Bucket(Launch):
         """``operands`` and ``further`` launches of the same parameters where a step is not one launch."""
         own = [m.operands() for m in members]
         super().__init__(key, operands or own, strided)
-        self.members, self._further = members, further
+        self.members, self._further, self.spread = members, further, key.spread
         self._local = members[0].local
         self.owners = [m.param for m in members]
         self.own_planes = [o.param for o in own]

@@ -42,7 +42,10 @@ class Driver(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What tensors must share to be updated by one launch."""
+    """What tensors must share to be updated by one launch.
+
+    ``spread`` says which other ranks hold parts of them: a mesh and some of its dimensions.
+    """
 
     device: torch.device
     rule: Rule
@@ -54,6 +57,7 @@ class Key(NamedTuple):
     cut: MatrixCut | None = None
     adjusts_gradients: bool = False
     finder: Finder | None = None
+    spread: tuple[Any, tuple[int, ...]] | None = None
 
 
 class Operands(NamedTuple):

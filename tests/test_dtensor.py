@@ -120,6 +120,51 @@ def _check_flips(mesh: Any) -> None:
         assert rates[0][0] > 0 and rates == [rates[0]] * 4, rates
 
 
+def _check_norms(mesh: Any) -> None:
+    """The norm is that of all ranks' gradients, also where one has none; a NaN on one of them stops all."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(5)
+    shapes = [(1, 9), (6, 4), (5,), (3, 3)]
+    weights = [torch.randn(shape) for shape in shapes]
+    # Norms of 0.5 and 20: below and above what is allowed.
+    gradients = [[scale * torch.randn(shape) for shape in shapes] for scale in (0.1, 4.0)]
+    gradients.append([gradient.clone() for gradient in gradients[0]])
+    gradients[2][1][5, 3] = torch.nan
+    options: dict[str, Any] = {"lr": 0.1, "clip_grad_norm": 2.0, "skip_nonfinite": True}
+
+    def train(place: Any) -> tuple[list[torch.Tensor], int]:
+        params = [torch.nn.Parameter(place(i, weight)) for i, weight in enumerate(weights)]
+        optimizer = fused_optim.SGD(params, **options)
+        for some in (*gradients, gradients[0]):
+            for i, (param, gradient) in enumerate(zip(params, some, strict=True)):
+                param.grad = place(i, gradient)
+            optimizer.step()
+        return [getattr(p.detach(), "full_tensor", p.detach)() for p in params], optimizer.skipped_steps
+
+    expected, skipped = train(lambda i, tensor: tensor.clone())
+    assert skipped == 1
+    square = init_device_mesh("cpu", (1, 2))
+    layouts = [
+        # The first tensor has one row: the second rank gets nothing of it.
+        [(mesh, [Shard(0)])] * 4,
+        [(mesh, [Shard(0)]), (mesh, [Replicate()]), None, (mesh, [Shard(1)])],
+        [(square, [Replicate(), Shard(0)]), (mesh, [Shard(0)]), None, (square, [Shard(0), Replicate()])],
+        [None, (square, [Shard(0), Shard(1)]), (square, [Replicate(), Replicate()]), None],
+        [(mesh, [Shard(0)]), None, None, None],
+    ]
+    for layout in layouts:
+        places: Any = layout
+        found, skipped = train(
+            lambda i, tensor, places=places: (
+                tensor.clone() if places[i] is None else distribute_tensor(tensor.clone(), *places[i])
+            )
+        )
+        assert skipped == 1, layout
+        for tensor, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-7)
+
+
 class _Layers(torch.nn.Module):
     """A model as the README's recipe takes it."""
 
@@ -169,14 +214,11 @@ def _worker(rank: int, port: int) -> None:
     _check_blocks(mesh)
     _check_masks(mesh)
     _check_flips(mesh)
+    _check_norms(mesh)
     _check_the_recipe()
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
-    optimizer = fused_optim.AdamW([param], clip_grad_norm=1.0)
-    param.grad = distribute_tensor(gradients[0], mesh, [Shard(0)])
-    with pytest.raises(ValueError, match="reduces over all ranks"):
-        optimizer.step()
+    optimizer = fused_optim.AdamW([param])
     param.grad = distribute_tensor(gradients[0], mesh, [Replicate()])
-    optimizer.param_groups[0]["clip_grad_norm"] = None
     with pytest.raises(ValueError, match="not sharded in the same way"):
         optimizer.step()
     assert torch.equal(param.detach().full_tensor(), weight)

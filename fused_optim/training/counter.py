@@ -127,7 +127,7 @@ class Counter:
         if key not in self.sizes:
             dtype = DTYPES[self.grad_dtype] if self.grad_dtype else param.dtype
             grad = torch.empty(param.shape, dtype=dtype, device="meta")
-            stored.check_gradient(name, param, grad, needs_norm=False)
+            stored.check_gradient(name, param, grad)
             self.sizes[key] = grad.nbytes
         return self.sizes[key]
 

@@ -25,6 +25,7 @@ struct Functions {
   void* (*list_item)(void* list, intptr_t index);
   int (*set_list_item)(void* list, intptr_t index, void* stolen);
   void* (*attribute)(void* object, void* name);
+  void (*release)(void* object);
   int (*next_entry)(void* dict, intptr_t* position, void** key, void** value);
   int (*describe)(void* tensor, Description* out);
   void* grad_name;
@@ -34,14 +35,28 @@ struct Functions {
 }  // namespace
 
 // Writes of n parameters address, kind, device, sizes and strides; their gradients go into the list
-// `grads`, these gradients' addresses into `grad_addresses`. Returns how many words the parameters took,
-// -1 if they are more than `capacity`, a gradient is None, or with Python's exception set.
-FO_API int64_t fused_optim_cpu_read_tensors(const Functions* python, void* params, int64_t n, int64_t* words,
-                                            int64_t capacity, void* grads, int64_t* grad_addresses) {
+// `grads`, these gradients' addresses into `grad_addresses`. With a name in `inner` that attribute of
+// parameters and gradients is meant instead of themselves. Returns how many words the parameters took, -1 if
+// they are more than `capacity`, a gradient is None, or with Python's exception set.
+FO_API int64_t fused_optim_cpu_read_tensors(const Functions* python, void* params, int64_t n, void* inner,
+                                            int64_t* words, int64_t capacity, void* grads,
+                                            int64_t* grad_addresses) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
     Description of;
     void* param = python->list_item(params, i);
+    void* grad = param ? python->attribute(param, python->grad_name) : nullptr;
+    if (grad && grad != python->none && inner) {
+      void* outer = grad;
+      grad = python->attribute(outer, inner);
+      python->release(outer);
+    }
+    if (!grad || python->set_list_item(grads, i, grad) || grad == python->none) return -1;
+    if (python->describe(grad, &of)) return -1;
+    grad_addresses[i] = reinterpret_cast<int64_t>(of.data);
+
+    // Whose inner tensor the parameter keeps alive.
+    if (inner && (param = python->attribute(param, inner))) python->release(param);
     if (!param || python->describe(param, &of) || count + 3 + 2 * of.ndim > capacity) return -1;
     words[count++] = reinterpret_cast<int64_t>(of.data);
     words[count++] = int64_t{of.ndim} << 32 | of.code << 24 | of.bits << 16 | of.lanes;
@@ -50,10 +65,6 @@ FO_API int64_t fused_optim_cpu_read_tensors(const Functions* python, void* param
       words[count++] = of.sizes[dim];
       words[count++] = of.strides[dim];
     }
-    void* grad = python->attribute(param, python->grad_name);
-    if (!grad || python->set_list_item(grads, i, grad) || grad == python->none) return -1;
-    if (python->describe(grad, &of)) return -1;
-    grad_addresses[i] = reinterpret_cast<int64_t>(of.data);
   }
   return count;
 }

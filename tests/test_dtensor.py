@@ -165,6 +165,31 @@ def _check_norms(mesh: Any) -> None:
             torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-7)
 
 
+def _check_that_moved_shards_are_found(mesh: Any) -> None:
+    """A step reads shards in C: also one that lies elsewhere now, and a gradient that no longer is one."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight, gradient = torch.randn(4, 6), torch.randn(4, 6)
+    results = []
+    for moves in (False, True):
+        param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
+        optimizer = fused_optim.SGD([param], lr=0.1, momentum=0.9)
+        for step in range(4):
+            param.grad = distribute_tensor(gradient * step, mesh, [Shard(0)])
+            if moves and step == 2:
+                keep = param._local_tensor.data  # pyright: ignore[reportAttributeAccessIssue]
+                param._local_tensor.data = keep.clone()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()
+        results.append(param.detach().full_tensor())
+        assert optimizer._plan is not None
+        reader = optimizer._plan.buckets[0]._reader
+        assert reader._in_c is not None or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+        assert reader.read() is not None
+        param.grad = None
+        assert reader.read() is None
+    assert torch.equal(*results)
+
+
 class _Layers(torch.nn.Module):
     """A model as the README's recipe takes it."""
 
@@ -215,6 +240,7 @@ def _worker(rank: int, port: int) -> None:
     _check_masks(mesh)
     _check_flips(mesh)
     _check_norms(mesh)
+    _check_that_moved_shards_are_found(mesh)
     _check_the_recipe()
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param])

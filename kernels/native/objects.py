@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import library
 
-_GRAD = "grad"
+_GRAD, _SHARD = "grad", "_local_tensor"
 
 
 class _Exchange(ctypes.Structure):
@@ -46,16 +46,17 @@ class _Objects:
 
     def __init__(self, opened: library.Library) -> None:
         api = ctypes.pythonapi
-        python = api.PyList_GetItem, api.PyList_SetItem, api.PyObject_GetAttr, api.PyDict_Next
+        lists, objects = (api.PyList_GetItem, api.PyList_SetItem), (api.PyObject_GetAttr, api.Py_DecRef)
+        python = *lists, *objects, api.PyDict_Next
         addresses = [ctypes.cast(function, c_void_p).value for function in python]
         self.describes_tensors = _describe() is not None
-        self.functions = (c_void_p * 7)(*addresses, _describe(), id(_GRAD), id(None))
+        self.functions = (c_void_p * 8)(*addresses, _describe(), id(_GRAD), id(None))
 
         def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
             # Keeps the interpreter's lock, and raises the exception that C leaves.
             return ctypes.PYFUNCTYPE(result, c_void_p, *arguments)(opened.address(name))
 
-        tensors = py_object, c_int64, c_void_p, c_int64, py_object, c_void_p
+        tensors = py_object, c_int64, c_void_p, c_void_p, c_int64, py_object, c_void_p
         self.read_tensors = function("read_tensors", c_int64, *tensors)
         self.same_objects = function("same_objects", c_int, py_object, py_object, c_int64)
         self.same_entries = function("same_entries", c_int, py_object, c_int64, c_void_p)
@@ -85,22 +86,28 @@ class Entries:
 
 
 class Parameters:
-    """Parameters as they were in the step that was planned, and their gradients."""
+    """Parameters as they were in the step that was planned, and their gradients.
 
-    def __init__(self, params: Sequence[Tensor], functions: _Objects) -> None:
-        self._params, self._functions = list(params), functions
+    Of DTensors the shards are meant, in the attribute to which FSDP2 itself writes them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], sharded: bool, functions: _Objects) -> None:
+        self._params, self._sharded, self._functions = list(params), sharded, functions
         self._words = np.zeros(sum(3 + 2 * p.ndim for p in params), np.int64)
         self._grad_addresses = np.zeros(len(params), np.int64)
-        self._places = self._words.ctypes.data, len(self._words), self._grad_addresses.ctypes.data
+        places = self._words.ctypes.data, len(self._words)
+        self._places = id(_SHARD) if sharded else None, *places, self._grad_addresses.ctypes.data
         self._expected = b""
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> Parameters | None:
-        """Parameters that all have gradients; None if they cannot be read in C."""
-        functions = objects()
+        """Parameters that all have gradients, all plain or all sharded; None if they cannot be read in C."""
+        functions, sharded = objects(), hasattr(params[0], _SHARD)
         if functions is None or not functions.describes_tensors:
             return None
-        read = cls(params, functions)
+        if any(type(getattr(p, _SHARD, None)) is not Tensor for p in params if sharded):
+            return None
+        read = cls(params, sharded, functions)
         if not read._read([None] * len(params)) or not read._agrees():
             return None
         read._expected = read._words.tobytes()
@@ -109,13 +116,16 @@ class Parameters:
     def _agrees(self) -> bool:
         """Whether the interface says the same of memory, sizes and strides as torch."""
 
+        def meant(tensor: Any) -> Tensor:
+            return getattr(tensor, _SHARD) if self._sharded else tensor
+
         def expected() -> Iterator[int]:
-            for param in self._params:
+            for param in map(meant, self._params):
                 yield param.data_ptr()
                 yield from chain.from_iterable(zip(param.shape, param.stride(), strict=True))
 
         places = [word for word in self._split() for word in (word[0], *word[3:])]
-        grads = [p.grad.data_ptr() for p in self._params if p.grad is not None]
+        grads = [meant(p.grad).data_ptr() for p in self._params]
         return places == list(expected()) and self._grad_addresses.tolist() == grads
 
     def _split(self) -> Iterator[list[int]]:
@@ -123,11 +133,11 @@ class Parameters:
         return ([next(words) for _ in range(3 + 2 * param.ndim)] for param in self._params)
 
     def _read(self, grads: list[Any]) -> bool:
-        functions, (words, capacity, addresses) = self._functions, self._places
-        arguments = self._params, len(self._params), words, capacity, grads, addresses
+        functions, (inner, words, capacity, addresses) = self._functions, self._places
+        arguments = self._params, len(self._params), inner, words, capacity, grads, addresses
         try:
             return functions.read_tensors(functions.functions, *arguments) == capacity
-        except (RuntimeError, TypeError, BufferError):
+        except (AttributeError, RuntimeError, TypeError, BufferError):
             return False
 
     def gradients(self) -> tuple[list[Tensor], np.ndarray] | None:

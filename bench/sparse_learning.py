@@ -188,12 +188,16 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean} ± {stdev(values):.4f}" if len(values) > 1 else mean
 
 
-def main(argv: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench sparse_learning", description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="times are relative to the first")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="a FILE.png is drawn beside it")
-    known, options = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    known, options = _parser().parse_known_args(argv)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_optim
-from bench import masks, newton_schulz, step
+from bench import masks, newton_schulz, sparse_learning, step
 from fused_optim.training import plan, plan_command, pretrain
 from tests.readme import TEXT
 
@@ -197,11 +197,16 @@ def test_bytes_of_the_recipes(tmp_path: Path) -> None:
             _says(text, entry["bytes_per_parameter"]["kept"])
 
 
+def test_table_of_what_recipes_learn() -> None:
+    for line in _result("sparse_learning.json")["table"]:
+        assert line in TEXT.splitlines()
+
+
 def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for _, cell in _rows("result file"):
         words = cell.split("`")[1].removeprefix("OMP_NUM_THREADS=1 ").split()
         if words[2:4] == ["bench", "sparse_learning"]:
-            pretrain.parse(words[4:])
+            pretrain.parse(sparse_learning._parser().parse_known_args(words[4:])[1])
         elif words[2] == "bench":
             {"masks": masks, "step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(
                 words[4:]

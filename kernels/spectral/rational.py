@@ -130,6 +130,12 @@ def _method(condition: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Te
     return _by_lapack, torch.float64
 
 
+def shifted_inverse(A: Tensor, shift: float, condition: float) -> Tensor:
+    """``(A + shift I)^(-1)`` of [batch, m, m] in A's dtype."""
+    invert, work = _method(condition, A.dtype)
+    return invert(add_identity(A.to(work, copy=True), shift)).to(A.dtype)
+
+
 def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
     terms = fewest(ratio, tolerance)

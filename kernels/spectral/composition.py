@@ -95,8 +95,13 @@ def _products(degree: int, size: int) -> int:
     return max(size - (pieces == 1), 1) - 1 + pieces - 1
 
 
+def _bears(dtype: torch.dtype, ratio: float, tolerance: float) -> bool:
+    """Whether a dtype bears the condition number."""
+    return torch.finfo(dtype).eps <= ROUNDING * tolerance / ratio**2
+
+
 @functools.lru_cache(maxsize=1024)
-def plan(ratio: float, tolerance: float, large: bool) -> Plan:
+def plan(ratio: float, tolerance: float, large: bool, lowest: torch.dtype = torch.float32) -> Plan:
     """The cheapest composition within a tolerance.
 
     >>> len(plan(300.0, 3e-5, False).steps)
@@ -104,16 +109,18 @@ def plan(ratio: float, tolerance: float, large: bool) -> Plan:
     """
     steps: list[Step] = []
     found: list[tuple[float, Plan]] = []
-    left, inverse = ratio, _INVERSE_COST[large]
-    for count in range(_MOST_STEPS):
-        # A step's inverse and its square; then one factor more to multiply.
-        spent = count * (inverse + 2)
+    left, inverse, spent = ratio, _INVERSE_COST[large], 0.0
+    for _ in range(_MOST_STEPS):
+        # In float64 everything takes twice the time.
+        dear = 1 if _bears(lowest, left, tolerance) else 2
         terms = rational.fewest(left, tolerance)
-        found.append((spent + len(terms.shifts) * inverse, Plan(tuple(steps), None)))
+        found.append((spent + dear * len(terms.shifts) * inverse, Plan(tuple(steps), None)))
         ending = next((p for p in (power(d, left) for d in _DEGREES) if p.error <= tolerance), None)
         if ending is not None:
             degree = len(ending.coefficients) - 1
-            found.append((spent + _products(degree, _block(degree)) + 1, Plan(tuple(steps), ending)))
+            found.append((spent + dear * (_products(degree, _block(degree)) + 1), Plan(tuple(steps), ending)))
+        # A step's inverse and its square; then one factor more to multiply.
+        spent += dear * (inverse + 1) + 1
         steps.append(_step(left))
         left = steps[-1].ratio
     return min(found, key=lambda each: each[0])[1]
@@ -153,12 +160,12 @@ def inverse_root(S: Tensor, ratio: float, tolerance: float, lowest: torch.dtype 
     """
 
     def lowered(A: Tensor) -> Tensor:
-        return A.to(lowest) if torch.finfo(lowest).eps <= ROUNDING * tolerance / ratio**2 else A
+        return A.to(lowest) if _bears(lowest, ratio, tolerance) else A
 
-    chosen = plan(ratio, tolerance, S.shape[-1] >= _LARGE)
+    chosen = plan(ratio, tolerance, S.shape[-1] >= _LARGE, lowest)
     R, Q = lowered(S), None
     for C, w, t, left in chosen.steps:
-        B = rational.shifted_inverse(R, t, (1 + t) / (ratio**-2 + t))
+        B = rational.shifted_inverse(R, t, (1 + t) / (ratio**-2 + t), tolerance)
         ratio = left
         # f² x, by x B = 1 - t B, with one product.
         change = products.polynomial(B, C**2 * w * (w - 2 * t), -(C**2) * w**2 * t)

@@ -32,8 +32,9 @@ _POWER_STEPS = 7
 _NORMAL = 40
 _EXTREME = 2e4
 _SPLIT_EPS = 2.0**-18
-# Rows up to which eigenvalues take less time than inverses (one core, November 2026).
-_EIGENVALUES_TO = 48
+# Rows up to which eigenvalues take less time than inverses; from 32 on their threads wait for each other
+# ten times as long where cores are shared (November 2026).
+_EIGENVALUES_TO = 24
 
 
 class Problem(NamedTuple):

@@ -113,7 +113,8 @@ def soft_clip(
     brought down by rational steps of one inverse each, Zolotarev's best for the interval: one leaves 2.8 of
     300, two 1.1 of 10 000; the first is in float64 where squares of the ratio ask for it. The rest is a sum
     of inverses from 384 rows on, or a polynomial, of as few terms as the tolerance allows. Up to 24 rows it
-    is the eigenvalues in float64, whatever the tolerance. On other devices it is the upper block of the polar
+    is the eigenvalues in float64, whatever the tolerance. On other devices, and with several threads up to 63
+    rows where a step would be needed, it is the upper block of the polar
     factor of ``[X/c; I]``, by the best quintic polynomials and Gram matrices formed anew before squares lose
     accuracy, with steps enough for ``max_ratio`` and coefficients looked up on the device from a bound on the
     ratio. bfloat16 matrices are multiplied in bfloat16, twice.

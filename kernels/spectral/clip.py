@@ -35,6 +35,9 @@ _SPLIT_EPS = 2.0**-18
 # Rows up to which eigenvalues take less time than inverses; from 32 on their threads wait for each other
 # ten times as long where cores are shared (November 2026).
 _EIGENVALUES_TO = 24
+# Products of fewer rows take one thread, inverses several: there quintics go where inverses would be needed.
+_THREADED_FROM = 64
+_QUINTICS_FROM = 4.5
 
 
 class Problem(NamedTuple):
@@ -143,6 +146,9 @@ def _alike(given: Problem, G: Tensor, step: int, tolerance: float) -> Tensor:
         return given.U * (given.factor / given.d if step == 0 else torch.nan * given.d).to(given.U.dtype)
     ratio = 2.0 ** (step / 4)
     finest = tolerance * ROUNDING / ratio**2
+    alone = G.shape[-1] >= _THREADED_FROM or torch.get_num_threads() == 1
+    if not alone and G.dtype is torch.float32 and _QUINTICS_FROM < ratio < _EXTREME:
+        return stacked.soft_clip(*given, G, tolerance, ratio)
     if torch.finfo(torch.float32).eps > finest:
         G = gram(given.U.double())
     elif given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:

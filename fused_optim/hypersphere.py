@@ -22,6 +22,8 @@ from .kernels.spec import Hyper, Per
 
 RADII = ("fixed", "current")
 RADIUS = ("radius", Per.MATRIX)
+# Elements measured together on a CPU: half of the time of all at once (one core, November 2026).
+_CACHED = 2**21
 
 
 def check_radius(radius: Any) -> None:
@@ -35,11 +37,26 @@ def check_radius(radius: Any) -> None:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 def _column(value: Any) -> Any:
     return value.double().view(-1, 1, 1) if isinstance(value, Tensor) else value
+
+
+def _lengths(u: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms of matrices and of their updates, and what the two have in common, in float64."""
+    wide, other = p.double(), u.double()
+    return _norm(wide), _norm(other), wide.mul_(other).sum((-2, -1), keepdim=True)
+
+
+def _parts(u: Tensor) -> list[slice]:
+    """Matrices that are measured together: on a CPU few enough that float64 copies stay in its caches."""
+    size = len(u)
+    if u.device.type == "cpu":
+        # With as many matrices as threads sums are in the same order, whatever the number of matrices.
+        size = max(_CACHED // max(u[0].numel(), 1), torch.get_num_threads(), 1)
+    return [slice(start, start + size) for start in range(0, len(u), size)]
 
 
 def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | None, eps: float) -> Tensor:
@@ -47,20 +64,25 @@ def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | Non
 
     ``decay`` is what weight decay takes from them first. ``radius`` is their norm, zero where it is not
     known yet, None if it is to be measured. Norms are in float64, and what is left of ``p`` is multiplied by
-    a number close to zero, so that nothing cancels.
+    a number close to zero, so that nothing cancels. The result takes the place of ``u``.
     """
     lr, kept = _column(lr), 1 - _column(decay)
-    norm, size = _norm(p) * kept, _norm(u)
+    parts = _parts(u)
+    measured = zip(*(_lengths(u[part], p[part]) for part in parts), strict=True)
+    norm, size, inner = (torch.cat(each) for each in measured)
+    norm = norm * kept
     start = torch.where(norm > 0, norm, float(p.shape[-2]) ** 0.5)
     if radius is not None:
         radius.copy_(torch.where(radius > 0, radius, start))
         start = radius.double()
     step = lr * start / size.clamp(min=eps)
-    inner = (p.double() * u).sum((-2, -1), keepdim=True)
     after = (norm**2 - 2 * kept * step * inner + (step * size) ** 2).clamp(min=0).sqrt()
     # A matrix that the step would bring to zero stays where it is.
     scale = torch.where(after > 0, start / after, 1.0)
-    return torch.addcmul(p * (1 - scale * kept).float(), u, (scale * step).float())
+    shrunk, moved = (1 - scale * kept).float(), (scale * step).float()
+    for part in parts:
+        torch.addcmul(p[part] * shrunk[part], u[part], moved[part], out=u[part])
+    return u
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def test_soft_clip_is_the_svds(shape: tuple[int, int], kind: str) -> None:
 
 
 def test_soft_clip_of_larger_matrices_is_the_svds() -> None:
-    """Where sums of inverses take the place of products."""
+    """Where rational steps, sums of inverses and polynomials take the place of eigenvalues."""
     for m, n, kind, ratio, dtype, bound in (
         (200, 260, "decades", 28, torch.bfloat16, 2e-2),
         (260, 200, "decades", 300, torch.bfloat16, 2e-2),
@@ -77,10 +77,28 @@ def test_soft_clip_of_larger_matrices_is_the_svds() -> None:
         (200, 200, "decades", 1000, torch.float64, 1e-8),
         (384, 400, "decades", 25, torch.float32, 1e-4),
         (400, 384, "power", 300, torch.float32, 1e-4),
+        (130, 300, "decades", 3, torch.float32, 1e-4),
+        (130, 300, "decades", 300, torch.float32, 1e-4),
+        (130, 130, "spike", 1e4, torch.float32, 1e-2),
+        (384, 400, "decades", 1e4, torch.float32, 1e-2),
     ):
         X = _matrix(m, n, kind, ratio).to(dtype)
         expected = oracle.soft_clip(X.double().numpy(), 1.0)
         assert _error(soft_clip(X, 1.0), expected) < bound, (kind, ratio, dtype)
+
+
+def test_soft_clip_of_a_batch_with_all_ratios() -> None:
+    """Matrices with different plans, among them one that is not clipped, one of zeros, one that is bad."""
+    for m, n in ((20, 30), (70, 60)):
+        X = torch.stack(
+            [_matrix(m, n, "decades", ratio) for ratio in (1e-4, 1.0, 3.0, 40.0, 300.0, 1.0, 1.0)]
+        )
+        X[5], X[6, 3, 4] = 0, math.nan
+        c = torch.tensor([1.0, 1.0, 0.5, 1.0, 2.0, 1.0, 1.0])
+        H = soft_clip(X.float(), c)
+        for i in range(5):
+            assert _error(H[i], oracle.soft_clip(X[i].numpy(), c[i].item())) < 1e-4, (m, i)
+        assert not H[5].any() and H[6].isnan().all()
 
 
 def test_soft_clip_reaches_any_tolerance() -> None:

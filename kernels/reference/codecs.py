@@ -54,8 +54,9 @@ def _split(kept: int, low: torch.dtype) -> ReferenceCodec:
     dropped = 16 - kept
 
     def decode(planes: Planes) -> Tensor:
-        high, rest = planes[0].view(torch.int16).int(), planes[1].int()
-        return ((high << 16) + (rest << dropped)).view(torch.float32)
+        # In place: memory for every intermediate result would take as long as the arithmetic.
+        bits = planes[0].view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+        return bits.add_(planes[1], alpha=1 << dropped).view(torch.float32)
 
     def encode(x: Tensor, _: Stream) -> Planes:
         bits = _bits(x)

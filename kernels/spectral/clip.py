@@ -2,7 +2,8 @@
 
 With ``d = c/‖X‖`` and ``S = d² I + X Xᵀ/‖X‖²``, soft clipping is ``d S^(-1/2) X``. S holds squares, so its
 condition number is that of the stacked matrix ``[X/c; I]`` squared: where that asks for more than float32,
-S is formed and inverted in float64 (CPU), or formed again from the stacked matrix on the way (elsewhere).
+S is formed in float64 and brought closer to the identity there (CPU), or formed again from the stacked matrix
+on the way (elsewhere). Small matrices on a CPU go by eigenvalues in float64.
 """
 
 # Matrices have the papers' capital letters.
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rational, stacked
+from . import composition, stacked
+from .composition import ROUNDING
 from .matrices import add_identity, frobenius, per_matrix, reciprocal, restore, wide
 from .norm import start
 from .products import gram
@@ -29,10 +31,13 @@ _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0*
 _POWER_STEPS = 7
 _NORMAL = 40
 _EXTREME = 2e4
-_ROUNDING = 4
 _SPLIT_EPS = 2.0**-18
-# Rows from which inverses take less time than products (two cores, November 2026).
-_INVERSES_FROM = {torch.bfloat16: 192, torch.float32: 384, torch.float64: 1}
+# Rows up to which eigenvalues take less time than inverses; from 32 on their threads wait for each other
+# ten times as long where cores are shared (November 2026).
+_EIGENVALUES_TO = 24
+# Products of fewer rows take one thread, inverses several: there quintics go where inverses would be needed.
+_THREADED_FROM = 64
+_QUINTICS_FROM = 4.5
 
 
 class Problem(NamedTuple):
@@ -47,26 +52,42 @@ class Problem(NamedTuple):
         return Problem(*(part[chosen] for part in self))
 
 
-def _scaled(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scaled(Y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Y by a power of two where its norm is extreme, its norm then, and that power; rounds nothing."""
-    norm = frobenius(Y)
     exponent = torch.frexp(norm).exponent
     normal = (exponent.abs() < _NORMAL) | (norm == 0) | ~norm.isfinite()
     scale = torch.where(normal, 1.0, torch.ldexp(torch.ones_like(norm), -exponent))
-    if Y.device.type != "cpu" or not bool(normal.all()):
-        Y = Y * scale.to(Y.dtype)
-    return Y, norm * scale, scale
+    return Y * scale.to(Y.dtype), norm * scale, scale
+
+
+def _bounds(c: float | Tensor, X: Tensor, norms: list[float], tight: float, loose: float) -> list[Tensor]:
+    """Factor and d of matrices on a CPU, [batch, 1, 1]: by Python's numbers, which take less time."""
+    given = per_matrix(c, X).flatten().tolist() if isinstance(c, Tensor) else [float(c)] * len(norms)
+    rows: list[tuple[float, float]] = []
+    for norm, bound in zip(norms, given, strict=True):
+        size = norm or 1.0
+        d = min(bound, loose * size)
+        # A factor that is NaN makes the whole of a matrix NaN, and no other.
+        rows.append((d if math.isfinite(norm) else math.nan, max(d, tight * size)))
+    numbers = torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, 2)
+    return [column.view(-1, 1, 1) for column in numbers.unbind(1)]
 
 
 def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, bool]:
     Y, tall = wide(X)
-    U, norm, scale = _scaled(Y.float() if Y.dtype is torch.float16 else Y)
+    Y = Y.float() if Y.dtype is torch.float16 else Y
+    norm, tight = frobenius(Y), _TIGHT[Y.dtype]
+    if Y.device.type == "cpu":
+        norms = norm.flatten().tolist()
+        if all(abs(math.frexp(each)[1]) < _NORMAL for each in norms):
+            factor, d = _bounds(c, X, norms, tight, _LOOSE)
+            return Problem(Y, d, factor), tall
+    U, norm, scale = _scaled(Y, norm)
     size = torch.where(norm > 0, norm, 1.0)
     d = per_matrix(c, X) * scale
     d = torch.minimum(d, _LOOSE * size)
-    # A factor that is NaN makes the whole of a matrix NaN, and no other.
     factor = torch.where(norm.isfinite(), d / scale, torch.nan)
-    return Problem(U, torch.maximum(d, _TIGHT[U.dtype] * size), factor), tall
+    return Problem(U, torch.maximum(d, tight * size), factor), tall
 
 
 def _fine_gram(X: Tensor) -> Tensor:
@@ -89,11 +110,14 @@ def _fine_product(Q: Tensor, X: Tensor) -> Tensor:
 
 def _largest(G: Tensor) -> Tensor:
     """[batch, 1, 1] of the largest eigenvalues or a little more, by power iteration; never above a norm."""
-    v = torch.bmm(G, start(G.shape[-1], G).expand(G.shape[0], -1, -1))
-    for _ in range(_POWER_STEPS):
-        v = torch.bmm(G, v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=1e-30))
-    size = 1.25 * torch.linalg.vector_norm(v, dim=-2, keepdim=True)
-    return torch.minimum(size, G.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)).double()
+    bound = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
+    scaled = G / bound.clamp(min=1e-30)
+    v = torch.bmm(scaled, start(G.shape[-1], G).expand(G.shape[0], -1, -1))
+    for _ in range(_POWER_STEPS - 1):
+        v = torch.bmm(scaled, v)
+    grown = torch.linalg.vector_norm(torch.bmm(scaled, v), dim=-2, keepdim=True)
+    share = 1.25 * grown / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=1e-37)
+    return (bound * share.clamp(max=1)).double()
 
 
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:
@@ -102,42 +126,62 @@ def _on_cpu(given: Problem, tolerance: float) -> Tensor:
     What is chosen for a matrix depends on its own ratio alone.
     """
     G = _fine_gram(given.U)
-    ratio = (1 + _largest(G) / given.d**2).sqrt().flatten()
-    steps = (4 * ratio.log2()).ceil().clamp(min=1).nan_to_num(-1.0)
-    steps[ratio**2 - 1 <= tolerance] = 0
-    groups = steps.unique().tolist()
+    squares = (_largest(G) / given.d**2).flatten().tolist()
+    groups: dict[int, list[int]] = {}
+    for index, square in enumerate(squares):
+        step = max(math.ceil(2 * math.log2(1 + square)), 1) if square > tolerance else 0
+        groups.setdefault(step if math.isfinite(square) else -1, []).append(index)
     if len(groups) == 1:
-        return _alike(given, G, groups[0], tolerance)
+        return _alike(given, G, next(iter(groups)), tolerance)
     H = torch.empty_like(given.U)
-    for step in groups:
-        chosen = (steps == step).nonzero().flatten()
+    for step, members in groups.items():
+        chosen = torch.tensor(members, dtype=torch.long, device="cpu")
         H[chosen] = _alike(given.of(chosen), G[chosen], step, tolerance)
     return H
 
 
-def _alike(given: Problem, G: Tensor, step: float, tolerance: float) -> Tensor:
-    """Inverses where they bear the squared condition number, or products; steps below one are exceptions."""
+def _alike(given: Problem, G: Tensor, step: int, tolerance: float) -> Tensor:
+    """Matrices with ratios in one quarter of an octave; steps below one are exceptions."""
     if step < 1:
         return given.U * (given.factor / given.d if step == 0 else torch.nan * given.d).to(given.U.dtype)
     ratio = 2.0 ** (step / 4)
-    finest = tolerance * _ROUNDING / ratio**2
-    few = G.shape[-1] < _INVERSES_FROM[given.U.dtype]
-    if ratio > _EXTREME:
-        G = gram(given.U.double())
-    elif G.dtype is torch.float32 and (few or torch.finfo(torch.float32).eps > finest):
+    finest = tolerance * ROUNDING / ratio**2
+    alone = G.shape[-1] >= _THREADED_FROM or torch.get_num_threads() == 1
+    if not alone and G.dtype is torch.float32 and _QUINTICS_FROM < ratio < _EXTREME:
         return stacked.soft_clip(*given, G, tolerance, ratio)
+    if torch.finfo(torch.float32).eps > finest:
+        G = gram(given.U.double())
     elif given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
         G = gram(given.U.float())
     top = (given.d * ratio) ** 2
     S = add_identity(G / top.to(G.dtype), 1 / ratio**2)
-    Q = rational.inverse_root(S, ratio, tolerance)
+    Q = composition.inverse_root(S, ratio, tolerance, torch.promote_types(given.U.dtype, torch.float32))
     return _fine_product(Q.mul_((given.factor / top.sqrt()).to(Q.dtype)), given.U)
 
 
+def _by_eigenvalues(X: Tensor, c: float | Tensor) -> Tensor:
+    """Small matrices, whatever their ratio, in float64, where squares of float32 keep their range."""
+    Y, tall = wide(X)
+    V = Y.double()
+    G = torch.bmm(V, V.mT)
+    norms = G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().tolist()
+    factor, d = _bounds(c, X, norms, _TIGHT[torch.float32], _LOOSE**2)
+    for index, norm in enumerate(norms):
+        if not math.isfinite(norm):
+            G[index] = 0.0
+    values, vectors = torch.linalg.eigh(G)
+    root = values.clamp_(min=0).unsqueeze(-2).add(d**2).rsqrt_().mul_(factor)
+    Q = torch.bmm(vectors * root, vectors.mT)
+    return restore(torch.bmm(Q, V), X, tall)
+
+
 def soft_clip(X: Tensor, c: float | Tensor, tolerance: float | None = None, max_ratio: float = 1e4) -> Tensor:
+    on_cpu = X.device.type == "cpu"
+    if on_cpu and min(X.shape[-2:]) <= _EIGENVALUES_TO and X.dtype is not torch.float64:
+        return _by_eigenvalues(X, c)
     tolerance = TOLERANCE[X.dtype] if tolerance is None else tolerance
     given, tall = _problem(X, c)
-    if X.device.type == "cpu":
+    if on_cpu:
         return restore(_on_cpu(given, tolerance), X, tall)
     return restore(stacked.soft_clip(*given, None, tolerance, max_ratio), X, tall)
 

@@ -92,8 +92,8 @@ def frobenius(X: Tensor) -> Tensor:
         return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     # Sums in float64 take ten times as long on a CPU: only for the matrices that need them.
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32).double()
-    odd = ~((norm > _SAFE[0]) & (norm < _SAFE[1])).flatten()
-    if odd.any():
+    odd = [index for index, size in enumerate(norm.flatten().tolist()) if not _SAFE[0] < size < _SAFE[1]]
+    if odd:
         norm[odd] = torch.linalg.vector_norm(X[odd], dim=(-2, -1), keepdim=True, dtype=torch.float64)
     return norm
 

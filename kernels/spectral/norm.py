@@ -4,6 +4,8 @@
 # pyright: reportConstantRedefinition=false
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,17 @@ _SQUARINGS = 30
 
 def start(size: int, like: Tensor) -> Tensor:
     """[1, size, 1] of numbers without structure, the same every time, made where they are needed."""
-    index = torch.arange(1, size + 1, device=like.device, dtype=torch.float64)
+    make = _kept_noise if like.device.type == "cpu" else _noise
+    return make(size, like.dtype, like.device)
+
+
+def _noise(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    index = torch.arange(1, size + 1, device=device, dtype=torch.float64)
     noise = torch.frac(torch.sin(index * 12.9898) * 43758.5453)
-    return (noise / torch.linalg.vector_norm(noise)).to(like.dtype).reshape(1, -1, 1)
+    return (noise / torch.linalg.vector_norm(noise)).to(dtype).reshape(1, -1, 1)
+
+
+_kept_noise = functools.lru_cache(maxsize=64)(_noise)
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from .matrices import add_identity
 
 _LEAF = 128
 _EASY = 0.3
+_BACKWARD = 8
 _MOST = 24
 
 
@@ -122,18 +123,28 @@ def inverse(A: Tensor) -> Tensor:
     return out
 
 
-def _method(condition: float, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """By halves in the given dtype, or in float64, or by LAPACK where halves are too inaccurate for that."""
+def _method(
+    condition: float, dtype: torch.dtype, tolerance: float
+) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+    """By halves in the given dtype, or in float64; by LAPACK where halves are too inaccurate for that."""
     for work in (dtype, torch.float64):
         if condition**2 * torch.finfo(work).eps < _EASY:
             return inverse, work
+        if condition * torch.finfo(work).eps * _BACKWARD < tolerance:
+            return _by_lapack, work
     return _by_lapack, torch.float64
+
+
+def shifted_inverse(A: Tensor, shift: float, condition: float, tolerance: float) -> Tensor:
+    """``(A + shift I)^(-1)`` of [batch, m, m] in A's dtype."""
+    invert, work = _method(condition, A.dtype, tolerance)
+    return invert(add_identity(A.to(work, copy=True), shift)).to(A.dtype)
 
 
 def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
     terms = fewest(ratio, tolerance)
-    methods = [_method((1 + shift) / (ratio**-2 + shift), S.dtype) for shift in terms.shifts]
+    methods = [_method((1 + shift) / (ratio**-2 + shift), S.dtype, tolerance) for shift in terms.shifts]
     total = add_identity(torch.zeros_like(S), terms.constant)
     for method in dict.fromkeys(methods):
         invert, work = method

@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dense-steps",
         type=int,
         metavar="N",
-        help="steps before anything is pruned (one-shot and cast: half of the steps, sr-ste: 70 %%, "
+        help="steps before anything is pruned (one-shot: half of the steps, sr-ste and cast: 70 %%, "
         "mask-decay: a tenth, structure-decay: 0)",
     )
     add(

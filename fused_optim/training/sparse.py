@@ -73,7 +73,7 @@ RECIPES = {
     "mask-decay": Recipe(_mask_decay, dense_share=0.1),
     "structure-decay": Recipe(_structure_decay, dense_share=0.0),
     "masked-decay": Recipe(_masked_decay, decay=1e-4),
-    "cast": Recipe(_cast, dense_share=0.5, decay=1e-3, lr_factor=0.6),
+    "cast": Recipe(_cast, dense_share=0.7, decay=1e-3, lr_factor=0.6),
 }
 """AdamS of CAST normalises by the momentum and not by the gradient: its steps are up to 4 times as long."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .kernels.bucket import Bucket
+from .storage import sum_of_ranks
 
 
 def square_sum(buckets: Sequence[Bucket]) -> Tensor | None:
@@ -22,17 +22,16 @@ def square_sum(buckets: Sequence[Bucket]) -> Tensor | None:
     in_order = sorted(buckets, key=lambda bucket: min(member.ordinal for member in bucket.members))
     for spread in dict.fromkeys(bucket.spread for bucket in in_order):
         if spread is not None:
-            sums.append(_of_all_ranks([bucket for bucket in buckets if bucket.spread == spread], *spread))
+            own = _of_this_rank([bucket for bucket in buckets if bucket.spread == spread])
+            sums.append(sum_of_ranks(own, *spread))
     if not sums:
         return None
     return sum((s.to(sums[0].device, non_blocking=True) for s in sums[1:]), start=sums[0])
 
 
-def _of_all_ranks(buckets: Sequence[Bucket], mesh: Any, dims: Sequence[int]) -> Tensor:
+def _of_this_rank(buckets: Sequence[Bucket]) -> Tensor:
     own = torch.zeros((), dtype=torch.float64, device=buckets[0].device)
     for bucket in buckets:
         if bucket.launched:
             own += bucket.driver.square_sum(bucket)
-    for dim in dims:
-        torch.distributed.all_reduce(own, group=mesh.get_group(dim))
     return own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def spread(param: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
     dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
     return (param.device_mesh, dims) if dims else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sum_of_ranks(value: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
+    """What the ranks along these dimensions of a mesh have, summed in place."""
+    for dim in dims:
+        torch.distributed.all_reduce(value, group=mesh.get_group(dim))
+    return value
 
 
 def local_view(tensor: Tensor) -> Tensor:

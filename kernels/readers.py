@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .guards import Guards
 from .launch import addresses_of
-from .native.objects import Parameters
+from .native.objects import SHARD, Parameters
 
 
 class Reader:
@@ -27,8 +27,8 @@ class Reader:
         locals_ = list(map(local, params))
         self._param_guards, self._grad_guards = Guards(params if self.plain else locals_), Guards(grads)
         self._param_addresses = addresses_of(locals_).tobytes()
-        sharded = hasattr(params[0], "_local_tensor") and not any(p.is_complex() for p in params)
-        self._in_c = Parameters.of(params) if self.plain or sharded else None
+        sharded = all(type(getattr(p, SHARD, None)) is Tensor and not p.is_complex() for p in params)
+        self._in_c = Parameters.of(params, sharded) if self.plain or sharded else None
 
     def read(self) -> tuple[list[Tensor], np.ndarray] | None:
         """The gradients and their addresses; None if a tensor is missing or not what it was."""

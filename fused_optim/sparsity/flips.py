@@ -14,7 +14,7 @@ from ..kernels.finders import Finder
 from ..master import full_precision
 from ..optimizer import FusedOptimizer
 from ..recipe import Sparsity
-from ..storage import is_dtensor, local_view
+from ..storage import local_view, spread, sum_of_ranks
 from .masks import count_flips, pack_mask
 from .state import why_dense
 
@@ -187,11 +187,7 @@ def _rename(places: list[_Place]) -> list[_Place]:
     return [p._replace(name=p.own_name) if p.own_name and known[p.own_name] == 1 else p for p in places]
 
 
-def _of_all_ranks(count: Tensor, param: Any) -> Tensor:
+def _of_all_ranks(count: Tensor, param: Tensor) -> Tensor:
     """The sum of what ranks count in their shards."""
-    if not is_dtensor(param):
-        return count
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    parts = [Replicate() if placement.is_replicate() else Partial() for placement in param.placements]
-    return DTensor.from_local(count, param.device_mesh, parts).full_tensor()
+    found = spread(param)
+    return count if found is None else sum_of_ranks(count, *found)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import library
 
-_GRAD, _SHARD = "grad", "_local_tensor"
+_GRAD, SHARD = "grad", "_local_tensor"
 
 
 class _Exchange(ctypes.Structure):
@@ -70,13 +70,15 @@ def objects() -> _Objects | None:
 
 
 class Entries:
-    """The objects in dictionaries: keys, values and their order."""
+    """The objects in dictionaries: keys, values and their order.
+
+    They are known by their addresses: who makes this keeps them, so that no other objects take these.
+    """
 
     def __init__(self, dicts: Sequence[dict[Any, Any]], functions: _Objects) -> None:
         self._dicts, self._functions = list(dicts), functions
-        # Held, so that no other object takes their addresses.
-        self._held = [list(chain.from_iterable(d.items())) for d in dicts]
-        addresses = list(chain.from_iterable((*map(id, entries), None) for entries in self._held))
+        entries = (chain.from_iterable(d.items()) for d in dicts)
+        addresses = list(chain.from_iterable((*map(id, each), None) for each in entries))
         self._addresses = (c_void_p * len(addresses))(*addresses)
 
     def same(self) -> bool:
@@ -88,7 +90,8 @@ class Entries:
 class Parameters:
     """Parameters as they were in the step that was planned, and their gradients.
 
-    Of DTensors the shards are meant, in the attribute to which FSDP2 itself writes them.
+    ``sharded`` parameters are DTensors, and their shards are meant: the attribute to which FSDP2 itself
+    writes them.
     """
 
     def __init__(self, params: Sequence[Tensor], sharded: bool, functions: _Objects) -> None:
@@ -96,16 +99,14 @@ class Parameters:
         self._words = np.zeros(sum(3 + 2 * p.ndim for p in params), np.int64)
         self._grad_addresses = np.zeros(len(params), np.int64)
         places = self._words.ctypes.data, len(self._words)
-        self._places = id(_SHARD) if sharded else None, *places, self._grad_addresses.ctypes.data
+        self._places = id(SHARD) if sharded else None, *places, self._grad_addresses.ctypes.data
         self._expected = b""
 
     @classmethod
-    def of(cls, params: Sequence[Tensor]) -> Parameters | None:
-        """Parameters that all have gradients, all plain or all sharded; None if they cannot be read in C."""
-        functions, sharded = objects(), hasattr(params[0], _SHARD)
+    def of(cls, params: Sequence[Tensor], sharded: bool) -> Parameters | None:
+        """Parameters that all have gradients; None if they cannot be read in C."""
+        functions = objects()
         if functions is None or not functions.describes_tensors:
-            return None
-        if any(type(getattr(p, _SHARD, None)) is not Tensor for p in params if sharded):
             return None
         read = cls(params, sharded, functions)
         if not read._read([None] * len(params)) or not read._agrees():
@@ -117,7 +118,7 @@ class Parameters:
         """Whether the interface says the same of memory, sizes and strides as torch."""
 
         def meant(tensor: Any) -> Tensor:
-            return getattr(tensor, _SHARD) if self._sharded else tensor
+            return getattr(tensor, SHARD) if self._sharded else tensor
 
         def expected() -> Iterator[int]:
             for param in map(meant, self._params):

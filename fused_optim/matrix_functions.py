@@ -63,7 +63,8 @@ def orthogonalize(
     Args:
         X: matrices, ``[..., m, n]``.
         coefficients: ``"polar_express"``, ``"jordan"`` (torch.optim.Muon's), ``"you"``, ``"cubic"``, or a
-            sequence of ``(a, b, c)``; the last one is repeated if there are more steps.
+            sequence of ``(a, b, c)``, at most one for each step; the last one is repeated if there are more
+            steps.
         steps: number of steps, at least 1.
         form: ``"standard"``, ``"gram"`` or ``"auto"``.
         dtype: dtype of the products; None for bfloat16.
@@ -95,6 +96,8 @@ def orthogonalize(
     work = torch.bfloat16 if dtype is None else dtype
     if work not in _DTYPES:
         raise ValueError(f"dtype: got {dtype}; give None or one of {', '.join(map(str, _DTYPES))}")
+    if not X.numel():
+        return X.clone()
     Y, tall = wide(X)
     scale = reciprocal(frobenius(Y) * plan.margin, torch.promote_types(Y.dtype, torch.float32))
     return restore(newton_schulz.orthogonalize((Y * scale).to(work), plan.steps, form), X, tall)
@@ -151,6 +154,8 @@ def soft_clip(
     if tolerance is not None:
         check_number("tolerance", tolerance, 0, "a positive number, or None")
     check_number("max_ratio", max_ratio, 1, "a number above 1")
+    if not X.numel():
+        return X.clone()
     return clip.soft_clip(X, c, tolerance, max_ratio)
 
 
@@ -186,7 +191,7 @@ def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     """
     check(X)
     check_bound(c, X)
-    return clip.hard_clip(X, c)
+    return clip.hard_clip(X, c) if X.numel() else X.clone()
 
 
 def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
@@ -222,7 +227,7 @@ def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
     check(A, "A", square=True)
     if ridge is not None:
         check_number("ridge", ridge, 0, "a positive number, or None")
-    return clip.inverse_sqrt(A, ridge)
+    return clip.inverse_sqrt(A, ridge) if A.numel() else A.clone()
 
 
 def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
@@ -261,4 +266,4 @@ def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
     """
     check(X)
     check_count("steps", steps)
-    return norm.spectral_norm(X, steps, upper)
+    return norm.spectral_norm(X, steps, upper) if X.numel() else X.new_zeros(X.shape[:-2])

@@ -75,6 +75,16 @@ def _normalize_rows(u: Tensor, beta2: Any, second_moment: Tensor) -> Tensor:
     return u * (norm / (torch.linalg.matrix_norm(u, keepdim=True) + 1e-10))
 
 
+# No default of the class: torch's schedulers cycle betas where there are any, and Muon's momentum where not.
+_BETAS = (0.9, 0.95)
+
+
+def _with_betas(group: Any) -> Any:
+    """A group that has betas if its algorithm needs them."""
+    needs = isinstance(group, dict) and group.get("algorithm", "muon") != "muon"
+    return {"betas": _BETAS, **group} if needs else group
+
+
 class Muon(FusedOptimizer):
     """Momentum orthogonalised by Newton–Schulz iterations, for the hidden matrices of a model.
 
@@ -96,7 +106,8 @@ class Muon(FusedOptimizer):
 
     With ``others`` one optimizer serves a whole model: hidden matrices follow Muon and everything else
     AdamW or Lion, in groups of their own (``optimizer.param_groups`` then has up to twice as many, each
-    with its ``algorithm``). Give it ``model.named_parameters()``, so that embeddings and heads are known by
+    with its ``algorithm``). ``OneCycleLR`` and ``CyclicLR`` cycle the momentum of Muon, not the others'
+    ``betas``. Give it ``model.named_parameters()``, so that embeddings and heads are known by
     their names (``*embed*``, ``*wte*``, ``*wpe*``, ``*lm_head*``, ``head.*``, ``*.head.*``, ``output.*``).
 
     Args:
@@ -107,8 +118,9 @@ class Muon(FusedOptimizer):
         weight_decay: decoupled decay per step, relative to ``lr`` without the factor for the shape.
         momentum: how much of the average is kept.
         nesterov: look ahead along the momentum.
-        ns_coefficients: ``(a, b, c)`` of every iteration, one triple for each, or the name of a schedule:
-            ``"jordan"``, ``"polar_express"``, ``"you"``, ``"cubic"``.
+        ns_coefficients: ``(a, b, c)`` of every iteration, one triple for each (the last one is
+            repeated as often as needed), or the name of a schedule: ``"jordan"``, ``"polar_express"``,
+            ``"you"``, ``"cubic"``.
         eps: accepted for source compatibility; has no effect (magnitudes are divided out exactly).
         ns_steps: number of iterations, less than 100.
         adjust_lr_fn: the factor for the shape, see above.
@@ -192,7 +204,7 @@ class Muon(FusedOptimizer):
         self._hidden = hidden
         self._others: dict[str, Any] | None = None
         if others is not None:
-            betas = others_betas or ((0.9, 0.98) if others == "lion" else (0.9, 0.95))
+            betas = others_betas or ((0.9, 0.98) if others == "lion" else _BETAS)
             self._others = {"algorithm": others, "lr": others_lr, "weight_decay": others_weight_decay}
             self._others |= {"betas": betas, "eps": others_eps}
         defaults = {
@@ -210,7 +222,6 @@ class Muon(FusedOptimizer):
             "ns_dtype": ns_dtype,
             "beta2": beta2,
             "radius": radius,
-            "betas": (0.9, 0.95),
             "decoupled_weight_decay": True,
             "algorithm": "muon",
             "split": {} if split is None else split,
@@ -228,7 +239,7 @@ class Muon(FusedOptimizer):
             TypeError: a value or a tensor of a type that no rule updates.
         """
         if self._stays_whole(param_group):
-            super().add_param_group(param_group)
+            super().add_param_group(_with_betas(param_group))
             return
         count, (hidden, rest) = len(self.param_groups), self._sorted(param_group["params"])
         own = {key: value for key, value in param_group.items() if key != "lr"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fused_optim
@@ -129,6 +130,30 @@ def test_arguments_have_torch_names_order_and_defaults() -> None:
     expected = torch.optim.Muon.__init__.__code__
     names = fused_optim.Muon.__init__.__code__.co_varnames
     assert names[: expected.co_argcount] == expected.co_varnames[: expected.co_argcount]
+
+
+@pytest.mark.parametrize("cls", [fused_optim.Muon, fused_optim.NorMuon, fused_optim.MuonH])
+def test_schedulers_cycle_the_momentum(cls: Any) -> None:
+    """As torch.optim.Muon's; the betas of the others stay."""
+    bare = [Parameter(torch.ones(4, 4))], [Parameter(torch.ones(4, 4))]
+    mixed = [("up.weight", Parameter(torch.ones(4, 4))), ("bias", Parameter(torch.ones(4)))]
+    theirs = torch.optim.Muon(bare[0])
+    alone, whole = cls(bare[1]), cls(mixed, others="lion", others_betas=(0.7, 0.8))
+    optimizers = (theirs, alone, whole)
+    schedulers = [OneCycleLR(each, max_lr=0.1, total_steps=8) for each in optimizers]
+    seen = []
+    for _ in range(7):
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        momenta = [optimizer.param_groups[0]["momentum"] for optimizer in optimizers]
+        assert momenta[0] == momenta[1] == momenta[2]
+        seen.append(momenta[0])
+        assert "betas" not in alone.param_groups[0]
+        assert whole.param_groups[1]["betas"] == (0.7, 0.8)
+    assert len(set(seen)) > 3
+    chosen = cls([{"params": bare[1], "algorithm": "adamw"}])
+    assert chosen.param_groups[0]["betas"] == (0.9, 0.95)
 
 
 def test_checkpoints_go_to_torch_and_back() -> None:
@@ -316,6 +341,7 @@ WRONG: dict[str, tuple[list[tuple[str, Tensor]], dict[str, Any], str]] = {
     "steps": (_make(4, 4), {"ns_steps": 100}, "less than 100"),
     "no_steps": (_make(4, 4), {"ns_steps": 0}, "at least 1"),
     "coefficients": (_make(4, 4), {"ns_coefficients": ((1.0, 2.0),)}, "three numbers"),
+    "triples": (_make(4, 4), {"ns_coefficients": [(1.5, -0.5, 0.0)] * 7}, "7 triples for 5 steps"),
     "schedule": (_make(4, 4), {"ns_coefficients": "newton"}, "'jordan'"),
     "beta2": (_make(4, 4), {"beta2": 1.0}, "Invalid beta2"),
     "radius": (_make(4, 4), {"radius": "big"}, "'fixed', 'current'"),

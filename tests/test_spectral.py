@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_optim
 from fused_optim.kernels.spectral import stacked
 from fused_optim.kernels.spectral.coefficients import NAMED, optimal, schedule
-from fused_optim.spectral import hard_clip, inverse_sqrt, orthogonalize, soft_clip, spectral_norm
+from fused_optim.spectral import (
+    SpectralClip,
+    hard_clip,
+    inverse_sqrt,
+    orthogonalize,
+    soft_clip,
+    spectral_norm,
+)
 from tests.oracles import spectral as oracle
 
 SHAPES = [(24, 96), (96, 24), (64, 64), (1, 17), (17, 1), (33, 70)]
@@ -260,3 +268,65 @@ def test_scale_invariance(scale: float) -> None:
             assert torch.dist(found, clip(X, 2.0)) < 1e-3
             assert torch.allclose(clip(X * 1e-30, 1e8) * 1e30, X)
         assert torch.dist(soft_clip(X * 1e30, 1.0), torch.from_numpy(oracle.polar(X.numpy()))) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (25, 25), (40, 30), (64, 64), (256, 256)], ids=str)
+@pytest.mark.parametrize("exponent", [*range(-45, -36), -30, -20, *range(-15, -10), -7, 0, 7, 12, 20, 30, 37])
+def test_every_scale_of_float32(exponent: int, shape: tuple[int, int]) -> None:
+    """Down to the smallest numbers; beside the tolerance there is what float32 itself rounds off."""
+    X = (torch.randn(shape, dtype=torch.float64) * 10.0**exponent).float()
+    unit = 10.0**exponent
+    exact, atol = X.double().numpy() / unit, 2.0**-149 * X.numel() ** 0.5 / unit
+    for c in (1.0, 3 * unit):
+        for name, clip in (("soft_clip", soft_clip), ("hard_clip", hard_clip)):
+            expected = getattr(oracle, name)(exact, c / unit)
+            error = np.linalg.norm(clip(X, c).double().numpy() / unit - expected)
+            # Far above c, 2^-20 of the norm is the least that soft_clip keeps in view.
+            tolerance = 2e-2 if c < 1e-4 * unit else 3e-4
+            assert error <= tolerance * np.linalg.norm(expected) + atol, (name, c)
+    largest = oracle.spectral_norm(exact)
+    estimate, bound = (spectral_norm(X, steps=32, upper=upper).item() / unit for upper in (False, True))
+    assert 0.97 * largest - atol <= estimate <= (1 + 1e-5) * largest + atol
+    assert bound >= (1 - 1e-5) * largest - atol
+
+
+def test_every_scale_of_other_dtypes() -> None:
+    for exponent in (-300, -160, -42, 160, 300):
+        X = torch.randn(40, 30, dtype=torch.float64)
+        far = X * 10.0**exponent
+        for clip in (soft_clip, hard_clip):
+            assert _error(clip(far, 3 * 10.0**exponent) / 10.0**exponent, clip(X, 3.0).numpy()) < 1e-8
+        assert spectral_norm(far, steps=30).item() / 10.0**exponent == pytest.approx(
+            oracle.spectral_norm(X.numpy())
+        )
+    for exponent in (-40, -35, -12, 34, 37):
+        X = (torch.randn(40, 30) * 10.0**exponent).bfloat16()
+        expected = oracle.soft_clip(X.double().numpy() * 10.0**-exponent, 10.0**-exponent)
+        for clip in (soft_clip, hard_clip):
+            assert _error(clip(X, 1.0).double() * 10.0**-exponent, expected) < 2e-2, (exponent, clip)
+
+
+def test_updates_of_zero_gradients_vanish_and_stay_finite() -> None:
+    weight = torch.nn.Parameter(torch.randn(32, 32))
+    optimizer = fused_optim.AdamW([weight], lr=1e-3, spectral=SpectralClip())
+    for step in range(401):
+        weight.grad = torch.zeros_like(weight) if step else torch.randn_like(weight)
+        optimizer.step()
+    assert weight.isfinite().all()
+
+
+def test_matrices_without_elements() -> None:
+    for shape in ((0, 4), (4, 0), (3, 0, 4), (0, 4, 5)):
+        X = torch.zeros(shape)
+        for function in FUNCTIONS.values():
+            assert function(X).shape == shape
+        for upper in (False, True):
+            assert torch.equal(spectral_norm(X, upper=upper), torch.zeros(shape[:-2]))
+    assert inverse_sqrt(torch.zeros(0, 0)).shape == (0, 0)
+
+
+def test_more_triples_than_steps_are_refused() -> None:
+    triples = [(1.5, -0.5, 0.0)] * 7
+    with pytest.raises(ValueError, match="got 7 triples for 5 steps"):
+        orthogonalize(torch.ones(4, 4), triples, 5)
+    assert torch.equal(orthogonalize(torch.eye(4), triples[:2], 7), orthogonalize(torch.eye(4), triples, 7))

@@ -29,7 +29,9 @@ _LOOSE = 2.0**10
 # Below this share of the norm singular values are rounding; d may stay there.
 _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
 _POWER_STEPS = 7
-_NORMAL = 40
+# Fourth powers of norms between 2^-24 and 2^24 stay in the range of float32, also spread over a matrix.
+_NORMAL = 24
+_MOST = {torch.float32: 2.0**126, torch.float64: 2.0**1022}
 _EXTREME = 2e4
 _SPLIT_EPS = 2.0**-18
 # Rows up to which eigenvalues take less time than inverses; from 32 on their threads wait for each other
@@ -54,9 +56,11 @@ class Problem(NamedTuple):
 
 def _scaled(Y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Y by a power of two where its norm is extreme, its norm then, and that power; rounds nothing."""
-    exponent = torch.frexp(norm).exponent
+    mantissa, exponent = torch.frexp(norm)
     normal = (exponent.abs() < _NORMAL) | (norm == 0) | ~norm.isfinite()
-    scale = torch.where(normal, 1.0, torch.ldexp(torch.ones_like(norm), -exponent))
+    # Bounded, so that it is a number of the dtype; the smallest norms become normal all the same.
+    most = _MOST.get(Y.dtype, _MOST[torch.float32])
+    scale = torch.where(normal, 1.0, (mantissa / norm).clamp(1 / most, most))
     return Y * scale.to(Y.dtype), norm * scale, scale
 
 
@@ -73,7 +77,8 @@ def _bounds(c: float | Tensor, X: Tensor, norms: list[float], tight: float, loos
     return [column.view(-1, 1, 1) for column in numbers.unbind(1)]
 
 
-def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, bool]:
+def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, Tensor | None, bool]:
+    """Also the factors of its results where matrices were scaled; and whether X is tall."""
     Y, tall = wide(X)
     Y = Y.float() if Y.dtype is torch.float16 else Y
     norm, tight = frobenius(Y), _TIGHT[Y.dtype]
@@ -81,13 +86,19 @@ def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, bool]:
         norms = norm.flatten().tolist()
         if all(abs(math.frexp(each)[1]) < _NORMAL for each in norms):
             factor, d = _bounds(c, X, norms, tight, _LOOSE)
-            return Problem(Y, d, factor), tall
+            return Problem(Y, d, factor), None, tall
     U, norm, scale = _scaled(Y, norm)
     size = torch.where(norm > 0, norm, 1.0)
     d = per_matrix(c, X) * scale
     d = torch.minimum(d, _LOOSE * size)
-    factor = torch.where(norm.isfinite(), d / scale, torch.nan)
-    return Problem(U, torch.maximum(d, tight * size), factor), tall
+    least = torch.maximum(d, tight * size)
+    factor = torch.where(norm.isfinite(), least, torch.nan)
+    return Problem(U, least, factor), d / least / scale, tall
+
+
+def _times(H: Tensor, factor: Tensor | None) -> Tensor:
+    """Last of all: bfloat16 products on a CPU take the smallest numbers for zeros."""
+    return H if factor is None else H * factor.to(torch.promote_types(H.dtype, torch.float32))
 
 
 def _fine_gram(X: Tensor) -> Tensor:
@@ -180,22 +191,25 @@ def soft_clip(X: Tensor, c: float | Tensor, tolerance: float | None = None, max_
     if on_cpu and min(X.shape[-2:]) <= _EIGENVALUES_TO and X.dtype is not torch.float64:
         return _by_eigenvalues(X, c)
     tolerance = TOLERANCE[X.dtype] if tolerance is None else tolerance
-    given, tall = _problem(X, c)
+    given, rest, tall = _problem(X, c)
     if on_cpu:
-        return restore(_on_cpu(given, tolerance), X, tall)
-    return restore(stacked.soft_clip(*given, None, tolerance, max_ratio), X, tall)
+        return restore(_times(_on_cpu(given, tolerance), rest), X, tall)
+    U, d, factor = given
+    assert rest is not None
+    return restore(stacked.soft_clip(U, d, factor * rest, None, tolerance, max_ratio), X, tall)
 
 
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
-    given, tall = _problem(X, c)
-    U, d, factor = given
+    (U, d, factor), rest, tall = _problem(X, c)
     if X.device.type != "cpu":
-        return restore(stacked.hard_clip(*given), X, tall)
+        assert rest is not None
+        return restore(stacked.hard_clip(U, d, factor * rest), X, tall)
     G = gram(U.double())
     values, vectors = torch.linalg.eigh(torch.where(factor.isfinite(), G, 0.0))
     kept = factor / torch.maximum(values.clamp(min=0).sqrt().unsqueeze(-2), d)
     Q = torch.bmm(vectors * kept, vectors.mT)
-    return restore(_fine_product(Q.to(torch.promote_types(U.dtype, torch.float32)), U), X, tall)
+    H = _fine_product(Q.to(torch.promote_types(U.dtype, torch.float32)), U)
+    return restore(_times(H, rest), X, tall)
 
 
 def inverse_sqrt(A: Tensor, ridge: float | None = None) -> Tensor:

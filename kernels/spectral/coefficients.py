@@ -76,6 +76,10 @@ def schedule(given: str | Iterable[Iterable[float]], steps: object) -> Schedule:
     if isinstance(given, str) and given not in NAMED:
         raise ValueError(f"coefficients: got {given!r}; give one of {', '.join(map(repr, NAMED))}")
     found = NAMED[given] if isinstance(given, str) else _custom(given)
+    if not isinstance(given, str) and len(found.steps) > count:
+        raise ValueError(
+            f"coefficients: got {len(found.steps)} triples for {count} steps; give at most one for each step"
+        )
     repeated = (*found.steps, *[found.steps[-1]] * count)
     return found._replace(steps=repeated[:count])
 

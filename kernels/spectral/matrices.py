@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-_LARGEST = 3.0e38
-_SAFE = (1e-15, 1e15)
+_SAFE = {torch.float32: (1e-15, 1e15), torch.float64: (1e-140, 1e140)}
 
 
 def check(X: object, name: str = "X", square: bool = False) -> None:
@@ -87,20 +88,31 @@ def per_matrix(c: float | Tensor, X: Tensor) -> Tensor:
 
 
 def frobenius(X: Tensor) -> Tensor:
-    """[batch, 1, 1] in float64, also where squares leave the range of float32."""
-    if X.device.type != "cpu" or X.dtype is torch.float64:
-        return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    """[batch, 1, 1] in float64, also where squares leave the range of X's dtype."""
+    if X.device.type != "cpu":
+        return _far(X)
     # Sums in float64 take ten times as long on a CPU: only for the matrices that need them.
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float32).double()
-    odd = [index for index, size in enumerate(norm.flatten().tolist()) if not _SAFE[0] < size < _SAFE[1]]
+    work = torch.promote_types(X.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=work).double()
+    low, high = _SAFE[work]
+    odd = [index for index, size in enumerate(norm.flatten().tolist()) if not low < size < high]
     if odd:
-        norm[odd] = torch.linalg.vector_norm(X[odd], dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        norm[odd] = _far(X[odd])
     return norm
+
+
+def _far(X: Tensor) -> Tensor:
+    """The norm of numbers whose squares float32 cannot hold, nor float64 if they are float64."""
+    if X.dtype is not torch.float64:
+        return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    peak = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True)
+    peak = torch.where(peak > 0, peak, 1.0)
+    return peak * torch.linalg.vector_norm(X / peak, dim=(-2, -1), keepdim=True)
 
 
 def reciprocal(norm: Tensor, dtype: torch.dtype) -> Tensor:
     """One over the norm, finite for zero."""
-    return norm.reciprocal().clamp(max=_LARGEST).to(dtype)
+    return norm.reciprocal().clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def add_identity(A: Tensor, a: float | Tensor) -> Tensor:

@@ -77,9 +77,11 @@ def spectral_norm(X: Tensor, steps: int, upper: bool) -> Tensor:
     Y, _ = wide(X)
     Y = Y if Y.dtype is torch.float64 else Y.float()
     size = frobenius(Y)
-    Y = Y * reciprocal(size, Y.dtype)
+    scale = reciprocal(size, Y.dtype)
+    Y = Y * scale
     found = bound(Y) if upper else estimate(Y.mT, steps)
-    # A zero matrix has a logarithm of minus infinity on the way; a bad one is bad.
-    found = torch.where(size.flatten() == 0, 0.0, found * size.flatten())
+    # A zero matrix has a logarithm of minus infinity on the way; a bad one is bad. Over the scale and not
+    # times the norm: one over the smallest norms is no number of the dtype.
+    found = torch.where(size.flatten() == 0, 0.0, found / scale.double().flatten())
     found = torch.where(size.flatten().isfinite(), found, torch.nan)
     return found.to(X.dtype).reshape(X.shape[:-2])

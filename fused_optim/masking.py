@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels.bucket import Bucket
 from .kernels.finders import Finder
@@ -15,11 +17,15 @@ from .kernels.layout import layout_of
 from .kernels.masking import masked
 from .kernels.spec import Rule
 from .recipe import Sparsity, group_in_kernels
-from .states import encode_local
-from .storage import complete_state, empty_plane, local_view
+from .states import decode, encode_local
+from .storage import complete_state, empty_plane, local_view, param_codec, plain_codec
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
+
+# A look at every mask whenever launches are planned anew would wait for the device each time.
+_fitting = WeakTensorKeyDictionary()
+"""The recipe that each known mask fits."""
 
 
 def steps_done(recipe: Sparsity, state: Mapping[str, Any]) -> float:
@@ -45,6 +51,8 @@ def find(
 def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_device: bool = False) -> None:
     """Adds to a parameter's state what it lacks: a mask and a copy of the weights among it.
 
+    A mask that keeps other numbers of weights than its recipe, or other groups, is found anew.
+
     Raises:
         ValueError: group sizes change and the host must not know how many steps are done.
     """
@@ -59,16 +67,39 @@ def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_
             f"the sparsity of {name} changes the size of groups, for which the host must know how many steps "
             "are done: use another recipe with capturable, skip_nonfinite or a loss scaler"
         )
-    if state.get("mask") is not None:
+    codecs = {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
+    if "dense" in codecs and state.get("dense") is None:
+        weights = _take_weights(name, param, options, state)
+        state |= encode_local(param, weights, "dense", codecs["dense"])
+    known = state.get("mask") is not None
+    if known and _fitting.get(state["mask"]) == recipe:
         return
     t = float(state["step"])
     finder = recipe.finder(name, optimizer._parameter_name(group, position), param, t)
     assert finder is not None
-    codecs = {slot.name: codec for slot, codec in zip(key.rule.slots, key.states, strict=True)}
-    if "dense" in codecs and state.get("dense") is None:
-        state |= encode_local(param, local_view(param).float(), "dense", codecs["dense"])
-    state |= {"mask" + plane.suffix: empty_plane(param, plane) for plane in codecs["mask"].planes}
-    weights_of(optimizer, param, key).find(finder, recipe.kept(t))
+    if not known:
+        state |= {"mask" + plane.suffix: empty_plane(param, plane) for plane in codecs["mask"].planes}
+    weights = weights_of(optimizer, param, key)
+    if not known or not _fits(weights.mask(), finder, recipe.kept(t)):
+        weights.find(finder, recipe.kept(t))
+    _fitting[state["mask"]] = recipe
+
+
+def _take_weights(name: str, param: Tensor, options: Mapping[str, Any], state: dict[str, Any]) -> Tensor:
+    """Weights with every bit that the state keeps beside the parameter, and no longer will."""
+    codec = param_codec(name, param, options)
+    hidden = ["param" + plane.suffix for plane in codec.planes[1:]]
+    if any(state.get(plane) is None for plane in hidden):
+        codec = plain_codec(param)
+    weights = local_view(decode(param, {**state, "param": param}, "param", codec))
+    for plane in hidden:
+        state.pop(plane, None)
+    return weights
+
+
+def _fits(mask: Tensor, finder: Finder, kept: Any) -> bool:
+    """Whether a mask keeps as many of each group: it is then the one that would be found in itself."""
+    return torch.equal(finder.find(mask.float(), kept), mask)
 
 
 def weights_of(optimizer: FusedOptimizer, param: Tensor, key: Key) -> MaskedWeights:

@@ -13,7 +13,8 @@ from .scalars import limit
 class OneShot(Transposable):
     """Prunes once and keeps the mask: gradients of pruned weights are ignored, the weights stay zero.
 
-    Masks need 1/8 byte per weight; there are no dense weights beside the parameters.
+    Masks need 1/8 byte per weight; there are no dense weights beside the parameters. Masks of another
+    pattern, from a loaded state or before the option changed, are found anew in the next step.
 
     Args:
         at: the step after which weights are pruned; 0 for the weights that the first step finds.

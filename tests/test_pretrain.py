@@ -250,7 +250,16 @@ def test_a_file_is_split_by_position(tmp_path: Path) -> None:
             ["--storage", "fp33"],
             "--storage: storage 'fp33': parameters cannot be stored as 'fp33'; allowed: auto",
         ),
-        (["--storage", "fp32+fp64"], "such parameters keep their states in fp32"),
+        (["--storage", "fp32+fp64"], "states cannot be stored as 'fp64'; allowed: auto, fp32, bf16"),
+        (
+            ["--storage", "fp64"],
+            "parameters cannot be stored as 'fp64'; allowed: auto, fp32, bf16, fp16, bf16_sr",
+        ),
+        (["--glob", "/abs/*.txt"], "--glob '/abs/*.txt' is no pattern of files in the folder"),
+        (["--glob", "**.txt"], "--glob '**.txt' is no pattern of files in the folder"),
+        (["--glob", ""], "--glob '' is no pattern of files in the folder"),
+        (["--seed", str(2**63)], "--seed must be 0 or more and less than 2**32"),
+        (["--seed", "999999999999999999999"], "--seed must be 0 or more and less than 2**32"),
         (["--backend", "cuda", "--device", "cpu"], "backend='cuda' cannot run here"),
         (["--clip-grad-norm", "much"], "invalid number (or none) value: 'much'"),
         (["--torch-dtype", "fp16"], "torch cannot clip loss-scaled fp16 gradients"),
@@ -286,6 +295,9 @@ def test_bad_input_is_one_line(
     assert captured.err.startswith("pretrain: error: ")
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "run" / pretrain.CHECKPOINT).exists()
+    if options[0] in ("--storage", "--glob", "--seed"):
+        assert not (tmp_path / "run").exists()
+    assert "fp64," not in captured.err
 
 
 def test_resuming_something_else_is_refused(
@@ -309,10 +321,28 @@ def test_resuming_something_else_is_refused(
     refused("is no longer that run's text", "--steps", "10")
 
 
-def test_a_diverged_run_is_reported(text: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_is_reported(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", text, *TINY_RUN, "--optimizer", "sgd", "--lr", "1e6", "--clip-grad-norm", "none"]
     assert _pretrain(*options, "--out", tmp_path / "run") == 0
-    assert _results(tmp_path / "run")["summary"]["fused_optim"]["validation_loss"] is None
+    results, printed = _results(tmp_path / "run"), capsys.readouterr().out
+    assert results["summary"]["fused_optim"]["validation_loss"] is None
+    assert results["comparison"]["train_distance"] is results["comparison"]["validation_distance"] is None
+    for name in ("fused_optim", "torch"):
+        losses = results["runs"][name]["train_loss"]
+        label, first = results["runs"][name]["label"], losses.index(None) + 1
+        # A validation comes after its step.
+        assert any(
+            f"{label} DIVERGED: its loss is not finite in step {i}\n" in printed for i in (first - 1, first)
+        )
+    assert "nats apart" not in printed
+
+
+def test_a_nan_is_no_short_distance() -> None:
+    numbers = report.Record("a", 1, [1.0, 2.0], [], [[0, 1.0], [2, 2.0]], [0.1], [0.1])
+    broken = report.Record("b", 1, [1.0, math.nan], [], [[0, 1.0], [2, math.nan]], [0.1], [0.1])
+    found = report.compare(numbers, broken)
+    assert math.isnan(found["train_distance"]) and math.isnan(found["validation_distance"])
+    assert not report.divergence(numbers) and "step 2" in report.divergence(broken)
 
 
 def test_a_second_signal_stops_at_once(

@@ -133,6 +133,69 @@ def test_report() -> None:
     assert lines[-1] == f"2:4: {sparse / total:.1%} of {total} weights in matrices"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-50, 1e-25, 1.0, 1e25])
+def test_energy_of_weights_whose_squares_have_no_number(scale: float, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 1))
+    model[0].weight.data = (torch.tensor([[3.0, 4.0, 1.0, 2.0]], dtype=torch.float64) * scale).to(dtype)
+    (row,) = report(model).rows
+    small = dtype != torch.float64 and scale == 1e-50
+    assert row.energy == pytest.approx(1.0 if small else 25 / 30, rel=1e-2)
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(8, 8)), tmp_path / "model.safetensors"
+    prune(model)
+    save_sparse(model, path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:20], whole[:-1], b"nonsense" * 9):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.safetensors cannot be read as a safetensors file"):
+            load_sparse(path)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
+        ({"0.weight.indices": None}, {}, "it lacks '0.weight.indices'"),
+        ({"0.weight.indices": torch.zeros(3, dtype=torch.uint8)}, {}, "not those of a weight of shape"),
+        ({"0.weight.values": torch.zeros(2)}, {}, "not those of a weight of shape"),
+        ({}, {"layers": "{"}, "Expecting"),
+        ({}, {"n": "5"}, "n=5, m=4"),
+        ({}, {"layers": '{"0.weight": {"shape": [8, 8]}}'}, "it lacks 'dim'"),
+        ({}, {"tied": '{"other": "missing"}'}, "it lacks 'missing'"),
+    ]
+    for parts, other, message in cases:
+        changed = {name: part for name, part in {**tensors, **parts}.items() if part is not None}
+        save_file(changed, path, {**metadata, **other})
+        with pytest.raises(ValueError, match=rf"model.safetensors is damaged: .*{message}"):
+            load_sparse(path)
+    prune(model, 1, 8)
+    save_sparse(model, path, 1, 8)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({**tensors, "0.weight.indices": tensors["0.weight.indices"] + 8}, path, metadata)
+    with pytest.raises(ValueError, match=r"is damaged: the indices of '0.weight' go beyond groups of 8"):
+        load_sparse(path)
+
+
+def test_folders_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = nn.Sequential(nn.Linear(8, 8)), tmp_path / "folder"
+    prune(model)
+    folder.mkdir()
+    with pytest.raises(ValueError, match="folder is a folder; give a file in it"):
+        save_sparse(model, folder)
+    with pytest.raises(ValueError, match="folder is a folder; give the file"):
+        load_sparse(folder)
+
+    def failing(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.replace", failing)
+    with pytest.raises(PermissionError):
+        save_sparse(model, folder / "file")
+    assert list(tmp_path.rglob("*")) == [folder]
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 8), (5, 8), (1, 2)])
 def test_files_hold_every_bit(n: int, m: int, tmp_path: Path) -> None:
     model = Model()

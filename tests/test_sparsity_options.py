@@ -15,6 +15,7 @@ from fused_optim import AdamW
 from fused_optim.sparsity import (
     CAST,
     SRSTE,
+    FlipRate,
     MaskDecay,
     MaskedDecay,
     OneShot,
@@ -65,7 +66,7 @@ def test_listing_says_why_layers_are_dense() -> None:
     for name in ("embed.weight", "lm_head.weight", "up.bias", "norm.weight"):
         assert places[name].reason == "not meant by apply_to"
     step(optimizer, 1)
-    assert set(masks_of(optimizer)) == {optimizer._name(0, i) for i in (1, 3)}
+    assert set(masks_of(optimizer)) == {"up.weight", "odd.weight"} == set(FlipRate(optimizer).state_dict())
 
 
 def test_patterns_and_groups_choose_layers() -> None:
@@ -77,7 +78,7 @@ def test_patterns_and_groups_choose_layers() -> None:
     optimizer = AdamW(groups, sparsity=SRSTE(apply_to="*.bias"))
     step(optimizer, 1)
     assert float((model.up.weight == 0).float().mean()) == 0.75
-    assert (model.odd.weight != 0).all() and list(masks_of(optimizer)) == [optimizer._name(0, 0)]
+    assert (model.odd.weight != 0).all() and list(masks_of(optimizer)) == ["up.weight"]
 
 
 def test_a_model_sees_masked_weights_before_its_first_step_if_asked() -> None:
@@ -125,6 +126,92 @@ def test_a_dense_checkpoint_continues_sparse() -> None:
             assert_same_bits(sparse.state[again]["dense"], before)
         step(sparse, 2)
         assert half_zero(again.detach())
+
+
+def test_masks_without_a_name_of_their_own_are_all_listed() -> None:
+    groups = [{"params": [("weight", weight())]}, {"params": [("weight", weight())]}]
+    for given in (groups, [{"params": [weight()]}, {"params": [weight()]}]):
+        optimizer = AdamW(given, sparsity=OneShot())
+        step(optimizer, 1)
+        assert list(masks_of(optimizer)) == [optimizer._name(0, 0), optimizer._name(1, 0)]
+
+
+@pytest.mark.parametrize("param_codec", ["auto", "bf16_split16"])
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_recipe_that_keeps_dense_weights_takes_those_of_one_that_does_not(
+    loaded: bool, param_codec: str
+) -> None:
+    dtype = torch.float32 if param_codec == "auto" else torch.bfloat16
+    w = weight(dtype=dtype)
+    optimizer = AdamW([w], lr=0.01, sparsity=OneShot(), param_codec=param_codec)
+    step(optimizer, 1)
+    before = fused_optim.full_precision(optimizer, w)
+    mask = masks_of(optimizer)
+    if loaded:
+        saved, optimizer = (
+            optimizer.state_dict(),
+            AdamW([w], lr=0.01, sparsity=SRSTE(), param_codec=param_codec),
+        )
+        # A codec that hides bits keeps them elsewhere then, and says so.
+        if param_codec != "auto":
+            with pytest.raises(ValueError, match="param"):
+                optimizer.load_state_dict(saved)
+            return
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.param_groups[0]["sparsity"] = SRSTE()
+    assert masks_of(optimizer).keys() == mask.keys()
+    apply_masks(optimizer)
+    assert_same_bits(fused_optim.full_precision(optimizer, w, "dense"), before)
+    assert all(torch.equal(found, mask[name]) for name, found in masks_of(optimizer).items())
+    step(optimizer, 2)
+    assert half_zero(w.detach()) and not any(key.startswith("param") for key in optimizer.state[w])
+    twin = AdamW([w.detach().clone().requires_grad_()], sparsity=SRSTE(), param_codec=param_codec)
+    twin.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("how", ["loaded", "changed"])
+@pytest.mark.parametrize(
+    "later", [OneShot(n=1, m=4), OneShot(n=2, m=8), OneShot(dim=0), OneShot(n=3, m=4), SRSTE(n=1, m=4)]
+)
+def test_masks_of_another_pattern_are_found_anew(later: Any, how: str) -> None:
+    w = weight()
+    optimizer = AdamW([w], lr=0.01, sparsity=OneShot())
+    step(optimizer, 1)
+    if how == "loaded":
+        saved, optimizer = optimizer.state_dict(), AdamW([w], lr=0.01, sparsity=later)
+        optimizer.load_state_dict(saved)
+    optimizer.param_groups[0]["sparsity"] = later
+    step(optimizer, 2)
+    dim = -1 if later.dim is None else later.dim
+    (mask,) = masks_of(optimizer).values()
+    groups = mask.movedim(dim, -1).reshape(-1, later.m)
+    assert (groups.sum(1) == later.n).all()
+    assert (w.detach()[~mask] == 0).all() and (w.detach()[mask] != 0).all()
+
+
+def test_fitting_masks_stay_as_they_are() -> None:
+    w = weight()
+    optimizer = AdamW([w], lr=0.5, sparsity=OneShot())
+    step(optimizer, 1)
+    (mask,) = masks_of(optimizer).values()
+    with torch.no_grad():
+        w.copy_(weight(seed=5))
+    again = AdamW([w], lr=0.5, sparsity=OneShot(at=1))
+    again.load_state_dict(optimizer.state_dict())
+    step(again, 2)
+    assert torch.equal(next(iter(masks_of(again).values())), mask)
+
+
+def test_a_state_from_before_pruning_is_pruned_by_an_earlier_one() -> None:
+    w = weight()
+    late = AdamW([w], lr=0.01, sparsity=OneShot(at=9))
+    for seed in range(3):
+        step(late, seed)
+    early = AdamW([w], lr=0.01, sparsity=OneShot(at=2))
+    early.load_state_dict(late.state_dict())
+    step(early, 4)
+    assert half_zero(w.detach())
 
 
 def test_a_portable_state_has_no_masks_and_loads_into_torch() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def save_sparse(
         The names of the weights that are stored sparse.
 
     Raises:
-        ValueError: no weight is N:M, or a name that would be taken twice.
+        ValueError: no weight is N:M, a name that would be taken twice, or ``path`` is a folder.
         TypeError: the model's state holds something else than tensors.
         ImportError: safetensors is not installed.
 
@@ -74,6 +74,8 @@ def save_sparse(
         (['0.weight'], True)
     """
     check_pattern(n, m)
+    if os.path.isdir(path):
+        raise ValueError(f"{os.fspath(path)} is a folder; give a file in it, such as model.safetensors")
     module = _safetensors()
     tensors, tied = _tensors(model)
     found = {weight.name: weight.dim for weight in weights(model, m, dim, None)}
@@ -96,8 +98,12 @@ def save_sparse(
     metadata = {"format": FORMAT, "version": str(VERSION), "n": str(n), "m": str(m)}
     metadata |= {"layers": json.dumps(layers), "tied": json.dumps(tied)}
     unfinished = f"{os.fspath(path)}.part"
-    module.save_file(stored, unfinished, metadata)
-    os.replace(unfinished, path)
+    try:
+        module.save_file(stored, unfinished, metadata)
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
     return list(layers)
 
 
@@ -111,26 +117,56 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         device: where the tensors go.
 
     Raises:
-        ValueError: the file was written by something else or by a later version.
+        ValueError: the file was written by something else or by a later version, or it is damaged.
+        OSError: there is no such file.
         ImportError: safetensors is not installed.
     """
-    _safetensors()
-    from safetensors import safe_open
+    metadata, stored = _read(os.fspath(path), str(device))
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"{os.fspath(path)} has format {metadata.get('format')!r}, version "
+            f"{metadata.get('version')!r}; load_sparse reads {FORMAT!r}, version {VERSION}: dense files "
+            "are for safetensors.torch.load_file"
+        )
+    try:
+        n, m = int(metadata["n"]), int(metadata["m"])
+        check_pattern(n, m)
+        for name, layer in json.loads(metadata["layers"]).items():
+            values, indices = stored.pop(name + VALUES), stored.pop(name + INDICES)
+            _check_layer(name, values, indices, n, m, layer["shape"], layer["dim"])
+            stored[name] = expand(values, indices, n, m, layer["shape"], layer["dim"])
+        return stored | {other: stored[name] for other, name in json.loads(metadata["tied"]).items()}
+    except KeyError as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: it lacks {error.args[0]!r}; save it again") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error}; save it again") from error
 
-    with safe_open(os.fspath(path), "pt", device=str(device)) as file:
-        metadata = cast("Mapping[str, str]", file.metadata() or {})
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            raise ValueError(
-                f"{os.fspath(path)} has format {metadata.get('format')!r}, version "
-                f"{metadata.get('version')!r}; load_sparse reads {FORMAT!r}, version {VERSION}: dense files "
-                "are for safetensors.torch.load_file"
-            )
-        layers, n, m = json.loads(metadata["layers"]), int(metadata["n"]), int(metadata["m"])
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name, layer in layers.items():
-        values, indices = stored.pop(name + VALUES), stored.pop(name + INDICES)
-        stored[name] = expand(values, indices, n, m, layer["shape"], layer["dim"])
-    return stored | {other: stored[name] for other, name in json.loads(metadata["tied"]).items()}
+
+def _read(path: str, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file."""
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; give the file that save_sparse wrote")
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({error}); save it again") from error
+
+
+def _check_layer(
+    name: str, values: Tensor, indices: Tensor, n: int, m: int, shape: list[int], dim: int
+) -> None:
+    """Refuses parts that are not those of one weight."""
+    numel = torch.Size(shape).numel()
+    places = -(-values.numel() // 4) if m == 4 else values.numel()
+    fits = 0 <= dim < len(shape) and shape[dim] % m == 0 and values.numel() * m == numel * n
+    if not fits or indices.numel() != places or indices.dtype != torch.uint8:
+        raise ValueError(f"the values and indices of {name!r} are not those of a weight of shape {shape}")
+    if m != 4 and places and int(indices.max()) >= m:
+        raise ValueError(f"the indices of {name!r} go beyond groups of {m}")
 
 
 def compress(w: Tensor, n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:

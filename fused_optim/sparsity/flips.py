@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from ..optimizer import FusedOptimizer
 from ..recipe import Sparsity
 from ..storage import local_view, spread, sum_of_ranks
 from .masks import count_flips, pack_mask
-from .state import why_dense
+from .state import unique_names, why_dense
 
 
 class _Place(NamedTuple):
@@ -183,8 +182,8 @@ def _last_pattern(
 
 def _rename(places: list[_Place]) -> list[_Place]:
     """By the user's names where these differ."""
-    known = Counter(place.own_name for place in places)
-    return [p._replace(name=p.own_name) if p.own_name and known[p.own_name] == 1 else p for p in places]
+    names = unique_names([(place.name, place.own_name) for place in places])
+    return [place._replace(name=name) for place, name in zip(places, names, strict=True)]
 
 
 def _of_all_ranks(count: Tensor, param: Tensor) -> Tensor:

@@ -199,6 +199,12 @@ class Report:
         return "\n".join([*table, f"{pattern}: {share:.1%} of {sum(sizes)} weights in matrices"])
 
 
+def _share_of_squares(w: Tensor, mask: Tensor) -> float:
+    # Unscaled squares of very small and very large weights would be zero and infinity.
+    squares = (w.double() / w.abs().max()).square()
+    return float((squares * mask).sum() / squares.sum())
+
+
 @torch.no_grad()
 def report(
     model: nn.Module,
@@ -262,15 +268,7 @@ def report(
             rows.append(Row(name, tuple(param.shape), density, None, "left out", rates.get(name)))
             continue
         along = meant[param].dim
-        squares = param.float().square()
-        energy = (
-            float(
-                (squares * nm_mask(param, n, m, along)).sum(dtype=torch.float64)
-                / squares.sum(dtype=torch.float64)
-            )
-            if density
-            else 1.0
-        )
+        energy = _share_of_squares(param, nm_mask(param, n, m, along)) if density else 1.0
         pattern = f"{n}:{m}" if check_mask(param, n, m, along) else "dense"
         rows.append(Row(name, tuple(param.shape), density, energy, pattern, rates.get(name)))
     return Report(n, m, tuple(rows))

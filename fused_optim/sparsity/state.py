@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from .. import masking
 from ..kernels.launch import Key
 from ..optimizer import FusedOptimizer
 from ..recipe import Sparsity
+from ..storage import local_view
+from .masks import unpack_mask
+
+NOT_MEANT = "not meant by apply_to"
 
 
 class Place(NamedTuple):
@@ -56,12 +61,24 @@ def apply_masks(optimizer: FusedOptimizer) -> None:
 
 
 def masks_of(optimizer: FusedOptimizer) -> dict[str, Tensor]:
-    """The mask of every masked parameter that has taken a step, as a bool tensor of what this rank holds."""
-    return {
-        optimizer._name(group, position): masking.weights_of(optimizer, param, key).mask()
-        for group, position, param, key in _masked(optimizer)
+    """The mask of every masked parameter that has taken a step, as a bool tensor of what this rank holds.
+
+    By the names that the optimizer was given; without any, or where two are the same, by those in messages
+    (``"parameter 0 of group 0"``).
+    """
+    found = [
+        (group, position, unpack_mask(optimizer.state[param]["mask"], like=local_view(param)))
+        for group, position, param, _ in _masked(optimizer)
         if "mask" in optimizer.state.get(param, {})
-    }
+    ]
+    names = unique_names([(optimizer._name(g, i), optimizer._parameter_name(g, i)) for g, i, _ in found])
+    return {name: mask for name, (_, _, mask) in zip(names, found, strict=True)}
+
+
+def unique_names(names: Sequence[tuple[str, str]]) -> list[str]:
+    """Of a name in messages and the user's own, which may be empty: the latter where no two are the same."""
+    known = Counter(own for _, own in names)
+    return [own if own and known[own] == 1 else name for name, own in names]
 
 
 def listing(optimizer: FusedOptimizer) -> list[Place]:
@@ -92,4 +109,4 @@ def why_dense(recipe: Sparsity | None, own_name: str, param: Tensor) -> str:
     """Why a recipe leaves a parameter dense; empty if it does not."""
     if recipe is None:
         return "no sparsity option"
-    return recipe.unfit(param) or "" if recipe.means(own_name, param) else "not meant by apply_to"
+    return recipe.unfit(param) or "" if recipe.means(own_name, param) else NOT_MEANT

@@ -16,7 +16,7 @@ from .data import UsageError
 from .model import DTYPES, PRESETS
 from .optimizers import OPTIMIZERS
 from .sparse import RECIPES, build_recipe
-from .storages import Storage
+from .storages import check_codecs, split
 
 _FREE_ON_RESUME = {"resume", "out", "checkpoint_every"}
 
@@ -304,9 +304,10 @@ def _check(config: PretrainConfig) -> None:
         _require(value is None or 0 <= value < math.inf, f"{flag} must be finite and 0 or more, got {value}")
     for beta in config.betas or ():
         _require(0 <= beta < 1, f"--betas must be in [0, 1), got {beta}")
-    for name in ("warmup_steps", "decay_steps", "seed", "checkpoint_every"):
+    for name in ("warmup_steps", "decay_steps", "checkpoint_every"):
         value = getattr(config, name)
         _require(value >= 0, f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    _require(0 <= config.seed < 1 << 32, f"--seed must be 0 or more and less than 2**32, got {config.seed}")
     _require(
         config.warmup_steps + config.decay_steps <= config.steps,
         f"--warmup-steps {config.warmup_steps} and --decay-steps {config.decay_steps} together exceed "
@@ -321,8 +322,10 @@ def _check(config: PretrainConfig) -> None:
         config.heads % config.kv_heads == 0,
         f"--heads {config.heads} must be a multiple of --kv-heads {config.kv_heads}",
     )
+    param, states = split(config.storage)
     try:
-        Storage.parse(config.storage)
+        # A model in float64 has nobody to train it beside.
+        check_codecs(config.storage, param, [states], without=("fp64",))
     except ValueError as error:
         raise UsageError(f"--storage: {error}") from None
     clip = config.spectral_clip

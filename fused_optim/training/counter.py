@@ -20,6 +20,9 @@ from .model import DTYPES
 from .peers import Peer
 from .storages import Memory, Storage
 
+_MOST = 1 << 59
+"""Values of a tensor: torch counts their bytes in 63 bits."""
+
 
 def parameters_of(model: Any) -> dict[str, Tensor]:
     """Every parameter by name; shapes become tensors without memory."""
@@ -42,6 +45,8 @@ def _shaped(name: str, shape: Any) -> Tensor:
     sizes = list(shape) if isinstance(shape, Sequence) else [shape]
     if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
         raise ValueError(f"the shape of {name!r} must be a sequence of integers of 0 or more, got {shape!r}")
+    if max(sizes, default=0) > _MOST or math.prod(sizes) > _MOST:
+        raise ValueError(f"the shape of {name!r} has more than 2**59 values, {shape!r}; give a smaller one")
     return torch.empty(sizes, device="meta", requires_grad=True)
 
 

@@ -7,7 +7,7 @@ import sysconfig
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -99,7 +99,9 @@ def load_corpus(data: str | None, pattern: str | None) -> Corpus:
         return _split_by_position(root)
     if not root.is_dir():
         raise UsageError(f"--data {root} does not exist; give a text file or a folder of text files")
-    pattern = pattern or ("*.py" if data is None else "*")
+    if pattern is None:
+        pattern = "*.py" if data is None else "*"
+    _check_pattern(pattern)
     paths = {path.relative_to(root).as_posix(): path for path in find_files(root, pattern)}
     texts = {name: _tokens(path) for name, path in paths.items()}
     usable = [name for name, text in texts.items() if text is not None and len(text) > 1]
@@ -117,6 +119,15 @@ def load_corpus(data: str | None, pattern: str | None) -> Corpus:
     return Corpus(
         source, train, validation, len(sides[0]), len(sides[1]), skipped, _fingerprint(train, validation)
     )
+
+
+def _check_pattern(pattern: str) -> None:
+    parts = PurePath(pattern).parts
+    if not parts or PurePath(pattern).anchor or any("**" in part and part != "**" for part in parts):
+        raise UsageError(
+            f"--glob {pattern!r} is no pattern of files in the folder; give one such as '*.txt' or "
+            "'books/*.txt', which is looked for in all folders of --data"
+        )
 
 
 def _split_by_position(path: Path) -> Corpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from .storages import SHARDS
 
 
 def _size_or_pattern(text: str) -> int | str:
+    if re.match(r"-\d", text):
+        raise argparse.ArgumentTypeError(f"{text} is negative; give a size of 0 or more, or a name pattern")
     return int(text) if text.isdecimal() else text
 
 
@@ -116,7 +119,7 @@ def _model(given: argparse.Namespace) -> tuple[str, Any]:
     """Its name, and what :func:`plan` takes."""
     if sum(value is not None for value in (given.model, given.config, given.matrix)) > 1:
         raise UsageError("--model, --config and --matrix all name a model; give one of them")
-    if given.config:
+    if given.config is not None:
         return given.config, from_config(given.config)
     if given.matrix:
         return "x".join(map(str, given.matrix)), {"matrix": given.matrix}
@@ -131,10 +134,10 @@ def _recipe(given: argparse.Namespace) -> Sparsity | None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    if given.png:
+    if given.png is not None:
         _need("matplotlib", "--png")
-    for path in filter(None, (given.json, given.png)):
-        if not Path(path).absolute().parent.is_dir():
+    for path in (given.json, given.png):
+        if path is not None and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder does not exist; make it first or give another file")
     recipe = _recipe(given)
     name, model = _model(given)
@@ -150,10 +153,10 @@ def _run(given: argparse.Namespace) -> int:
         peers=not given.no_peers,
         name=name if recipe is None else f"{name}, {given.sparsity} {recipe.n}:{recipe.m}",
     )
-    if given.json:
+    if given.json is not None:
         with _writing(given.json):
             Path(given.json).write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
-    if given.png:
+    if given.png is not None:
         from .plan_figure import draw
 
         with _writing(given.png):

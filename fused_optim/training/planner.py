@@ -13,6 +13,7 @@ from ..kernels.spec import Rule
 from ..precision import SMALL, KeepFp32, check_keep_fp32
 from ..recipe import Sparsity
 from ..recipes import CAST
+from ..sparsity.state import NOT_MEANT, why_dense
 from .counter import Counter, count_peer, parameters_of
 from .model import DTYPES
 from .peers import PEERS
@@ -176,9 +177,7 @@ def _check(
     if not isinstance(sparsity, Sparsity | None):
         raise TypeError(f"sparsity must be a recipe of fused_optim.sparsity or None, got {sparsity!r}")
     if isinstance(sparsity, CAST) and any(find_rule(given).name != "adam" for given in rules):
-        raise ValueError(
-            f"{sparsity!r} is for CASTAdamS, which keeps what 'adam' keeps; give that rule alone"
-        )
+        raise ValueError("CAST is for CASTAdamS, which keeps what 'adam' keeps; give that rule alone")
 
 
 def _notes_on_masks(counter: Counter, parameters: int, peers: bool) -> list[str]:
@@ -187,7 +186,12 @@ def _notes_on_masks(counter: Counter, parameters: int, peers: bool) -> list[str]
         return []
     masked = counter.masked(RULES["adam"])
     if not masked:
-        raise ValueError(f"{recipe!r} masks no parameter: none is meant by apply_to and fits the pattern")
+        reasons = {name: why_dense(recipe, name, param) for name, param in counter.params.items()}
+        found = [f"{name}: {why or 'it is frozen'}" for name, why in reasons.items() if why != NOT_MEANT]
+        raise ValueError(
+            f"{type(recipe).__name__} {recipe.n}:{recipe.m} masks no parameter: "
+            f"{found[0] if found else 'none is meant by apply_to'}; give another pattern or apply_to"
+        )
     share = sum(param.numel() for param in masked) / parameters
     dense = ", the dense weights behind them under master" if recipe.keeps_dense else ""
     notes = [f"Masked: {len(masked)} tensors, {share:.1%} of the parameters; masks are under states{dense}."]

@@ -75,14 +75,26 @@ def summarize(record: Record, config: PretrainConfig) -> dict[str, Any]:
 
 
 def compare(ours: Record, theirs: Record) -> dict[str, float]:
-    """How far the two curves lie apart, in nats; and the two optimizers' times."""
+    """How far the two curves lie apart, in nats (NaN if one diverged); and the two optimizers' times."""
     smoothed = zip(smooth(ours.train_loss), smooth(theirs.train_loss), strict=True)
     validations = zip(ours.validation, theirs.validation, strict=True)
     return {
-        "train_distance": max(abs(a - b) for a, b in smoothed),
-        "validation_distance": max(abs(a[1] - b[1]) for a, b in validations),
+        "train_distance": _largest([abs(a - b) for a, b in smoothed]),
+        "validation_distance": _largest([abs(a[1] - b[1]) for a, b in validations]),
         "optimizer_time_ratio": median(ours.optimizer_seconds) / median(theirs.optimizer_seconds),
     }
+
+
+def _largest(distances: Sequence[float]) -> float:
+    # max() passes over a NaN that is not the first.
+    return max(distances) if all(map(math.isfinite, distances)) else math.nan
+
+
+def divergence(record: Record) -> str:
+    """Since when a run's losses are no longer numbers; empty if they all are."""
+    losses = [*enumerate(record.train_loss, 1), *record.validation]
+    steps = [int(step) for step, loss in losses if not math.isfinite(loss)]
+    return f"{record.label} DIVERGED: its loss is not finite in step {min(steps)}" if steps else ""
 
 
 def table(records: Mapping[str, Record], summaries: Mapping[str, dict[str, Any]]) -> str:
@@ -168,12 +180,15 @@ def write_report(
     results_path.write_text(json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
     draw(records, {name: smooth(record.train_loss) for name, record in records.items()}, figure_path)
     lines = ["", table(records, summaries)]
+    diverged = [text for text in map(divergence, records.values()) if text]
+    lines += diverged
     if comparison:
-        lines.append(
-            f"curves at most {comparison['train_distance']:.4f} nats apart in training "
-            f"(smoothed), {comparison['validation_distance']:.4f} in validation; optimizer step in "
-            f"{comparison['optimizer_time_ratio']:.2f} of torch's time"
+        apart = (
+            f"curves at most {comparison['train_distance']:.4f} nats apart in training (smoothed), "
+            f"{comparison['validation_distance']:.4f} in validation; "
         )
+        ratio = comparison["optimizer_time_ratio"]
+        lines.append(f"{'' if diverged else apart}optimizer step in {ratio:.2f} of torch's time")
     lines += [sentence(record.sparsity) for record in records.values() if record.sparsity]
     lines.append(f"{elements / 1e6:.2f} M parameters, {config.steps} steps, {seconds:.0f} s in all")
     lines.append(f"{figure_path}  {results_path}")

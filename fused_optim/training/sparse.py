@@ -23,6 +23,7 @@ from ..sparsity import (
     listing,
     save_sparse,
 )
+from ..sparsity.state import NOT_MEANT
 from .data import UsageError
 
 
@@ -135,7 +136,7 @@ def check_masked(optimizer: FusedOptimizer, config: Any) -> None:
     """
     places = listing(optimizer)
     if not any(place.pattern != "dense" for place in places):
-        reason = next(place.reason for place in places if place.reason != "not meant by apply_to")
+        reason = next(place.reason for place in places if place.reason != NOT_MEANT)
         raise UsageError(
             f"--pattern {config.pattern} fits no matrix: {reason}; give another pattern or width"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..kernels.codecs import PARAM_CODECS, STATE_CODECS
@@ -34,16 +34,7 @@ class Storage:
             ValueError: a codec that does not exist.
         """
         states = self.state_codec.values() if isinstance(self.state_codec, Mapping) else (self.state_codec,)
-        for kind, names, known in (
-            ("parameters", (self.param_codec,), PARAM_CODECS),
-            ("states", states, STATE_CODECS),
-        ):
-            for name in names:
-                if name != "auto" and name not in known:
-                    raise ValueError(
-                        f"storage {self.name!r}: {kind} cannot be stored as {name!r}; allowed: auto, "
-                        f"{', '.join(known)}"
-                    )
+        check_codecs(self.name, self.param_codec, states)
 
     @classmethod
     def parse(cls, text: str) -> Storage:
@@ -61,8 +52,24 @@ class Storage:
             >>> Storage.parse("split8+int8")
             Storage(name='split8+int8', param_codec='bf16_split8', state_codec='int8')
         """
-        param, _, states = text.partition("+")
-        return cls(text, _SHORT.get(param, param), _SHORT.get(states, states) or "auto")
+        return cls(text, *split(text))
+
+
+def split(text: str) -> tuple[str, str]:
+    """The codecs of parameters and states that a text names, which need not exist."""
+    param, _, states = text.partition("+")
+    return _SHORT.get(param, param), _SHORT.get(states, states) or "auto"
+
+
+def check_codecs(storage: str, param: str, states: Iterable[str], without: Collection[str] = ()) -> None:
+    """Refuses codecs that do not exist, and those that are left out."""
+    for kind, names, codecs in (("parameters", (param,), PARAM_CODECS), ("states", states, STATE_CODECS)):
+        known = ["auto", *(name for name in codecs if name not in without)]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"storage {storage!r}: {kind} cannot be stored as {name!r}; allowed: {', '.join(known)}"
+                )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Optimizers in place of ``torch.optim``: the whole step in one pass over memory, on GPU and CPU."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .adam import Adam
 from .adamw import AdamW
 from .cast import CASTAdamS
@@ -12,6 +15,13 @@ from .optimizer import FusedOptimizer
 from .precision import keep_fp32
 from .presets import Adam8bit, AdamW4bit, AdamW8bit, Lion4bit, Lion8bit, SGD8bit
 from .sgd import SGD
+
+if TYPE_CHECKING:
+    from . import info as info
+    from . import interchange as interchange
+    from . import sparsity as sparsity
+    from . import spectral as spectral
+    from . import training as training
 
 __all__ = [
     "SGD",
@@ -36,3 +46,12 @@ __all__ = [
     "set_full_precision",
 ]
 __version__ = "0.1.0"
+
+_LAZY = ("info", "interchange", "sparsity", "spectral", "training")
+"""Modules that few need, imported when somebody asks for them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -36,17 +36,26 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
         sharded = index in places and storage.is_dtensor(places[index][2])
         kept = _without_blocks(optimizer, *places[index]) if sharded else entry
         state[index] = {key: value.clone() if key == "step" else value for key, value in kept.items()}
-    # Functions and objects cannot be saved safely, and loading keeps an optimizer's own anyway.
     groups = [
-        {
-            key: value
-            for key, value in group.items()
-            if key not in ("spectral", "sparsity") and (key != "keep_fp32" or not callable(value))
-        }
+        {key: _safe(value) if key in _OBJECTS else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     own = {"format": FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}
     return {**state_dict, "state": state, "param_groups": groups, OWN_KEY: own}
+
+
+_OBJECTS = ("spectral", "sparsity", "keep_fp32")
+
+
+def _safe(value: Any) -> Any:
+    """An object's name in its place: objects cannot be saved safely, and loading keeps an optimizer's own.
+
+    The key stays: torch's helpers look for every option of a group.
+    """
+    if value is None or isinstance(value, int | str | list | tuple):
+        return value
+    # Not repr: addresses differ from process to process.
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _places(optimizer: FusedOptimizer) -> dict[int, tuple[int, int, Tensor]]:
@@ -121,11 +130,8 @@ def unpack(
     Raises:
         ValueError: it belongs to another model, optimizer or codec, or to a later format.
     """
+    _check(state_dict)
     own = state_dict.get(OWN_KEY)
-    if own is not None and own["format"] > FORMAT:
-        raise ValueError(
-            f"the state dict has format {own['format']}, this fused_optim reads up to {FORMAT}: update it"
-        )
     saved_groups = deepcopy(state_dict["param_groups"])
     live_groups = optimizer.param_groups
     if len(saved_groups) != len(live_groups):
@@ -142,9 +148,8 @@ def unpack(
                 f"{len(live['params'])} here"
             )
         kept = {name: live[name] for name in ENGINE_OPTIONS}
-        merged = {**optimizer.defaults, **saved, **kept, "params": live["params"]}
-        if "param_names" in live:
-            merged.setdefault("param_names", live["param_names"])
+        # torch.optim does not know all options: what a file does not say stays as it is here.
+        merged = {**optimizer.defaults, **live, **saved, **kept, "params": live["params"]}
         check_group(merged)
         groups.append(merged)
     ids = chain.from_iterable(group["params"] for group in saved_groups)
@@ -157,12 +162,79 @@ def unpack(
             continue
         group, position = place_of[key]
         param = live_groups[group]["params"][position]
-        saved_group = saved_groups[group] if own is not None else None
-        order = None if own is None else own.get("memory_order", {}).get(key, list(range(param.ndim)))
+        entry = _without_blanks(entry)
+        saved_group = saved_groups[group] if own is not None or _is_ours(saved_groups[group]) else None
+        order = _order_without_ours(entry, param)
+        if own is not None:
+            order = own.get("memory_order", {}).get(key, list(range(param.ndim)))
         moved = order if order != memory_order(param) else None
-        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, moved)
+        values = own is None and not _has_planes(entry)
+        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, moved, values)
     skipped = own["skipped_steps"] if own is not None else 0
-    return groups, state, torch.tensor(skipped) if skipped else None
+    return groups, state, torch.tensor(skipped, device="cpu") if skipped else None
+
+
+def _check(state_dict: Mapping[str, Any]) -> None:
+    """Refuses what no optimizer wrote.
+
+    Raises:
+        ValueError: a part is missing or of another type, a parameter comes twice, or a later format.
+    """
+    for part, kind in (("state", "a dict"), ("param_groups", "a list")):
+        value = state_dict.get(part)
+        if not isinstance(value, Mapping if part == "state" else list | tuple):
+            given = "nothing" if value is None else repr(value)
+            raise ValueError(
+                f"{part!r} of the state dict must be {kind}, got {given}: it is not an optimizer's, or it is "
+                "damaged"
+            )
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"group {index} of the state dict has no list of 'params': it is damaged")
+    ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+    twice = [key for key in dict.fromkeys(ids) if ids.count(key) > 1] if len(set(ids)) < len(ids) else []
+    if twice:
+        raise ValueError(f"the state dict lists the parameters {twice} more than once: it is damaged")
+    for key in set(ids) & set(state_dict["state"]):
+        if not isinstance(state_dict["state"][key], Mapping):
+            raise ValueError(
+                f"the state dict holds {type(state_dict['state'][key]).__name__} as the state of parameter "
+                f"{key}, a dict is expected: it is damaged"
+            )
+    own = state_dict.get(OWN_KEY)
+    if own is None:
+        return
+    if not isinstance(own, Mapping) or not isinstance(own.get("format"), int):
+        raise ValueError(
+            f"the state dict's own entry {OWN_KEY!r} is {own!r}, without a format: it is damaged"
+        )
+    if own["format"] > FORMAT:
+        raise ValueError(
+            f"the state dict has format {own['format']}, this fused_optim reads up to {FORMAT}: update it"
+        )
+
+
+def _without_blanks(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry without the empty dicts that torch's flattened form has for planes that are not in a file."""
+    return {key: value for key, value in entry.items() if not (isinstance(value, Mapping) and not value)}
+
+
+def _is_ours(group: Mapping[str, Any]) -> bool:
+    """Whether this library saved a group as stored: torch's helpers leave out nothing but our own entry."""
+    return "state_codec" in group and "param_codec" in group
+
+
+def _has_planes(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry cannot be plain values: a state of several planes, or codes."""
+    tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor) and key != "step"}
+    return any("." in key or value.dtype in (torch.uint8, torch.int8) for key, value in tensors.items())
+
+
+def _order_without_ours(entry: Mapping[str, Any], param: Tensor) -> list[int]:
+    """In which order a parameter's dimensions lay in memory, as its codes lie; as now, if none tells."""
+    codes = (v for v in entry.values() if isinstance(v, Tensor) and v.dtype in (torch.uint8, torch.int8))
+    like = next((value for value in codes if value.shape == param.shape), param)
+    return memory_order(like)
 
 
 _STORAGE = {False: "state_codec", True: "state_codec and param_codec"}
@@ -181,8 +253,12 @@ def _load(
     entry: dict[str, Any],
     saved: dict[str, Any] | None,
     dims: list[int] | None,
+    values: bool,
 ) -> dict[str, Any]:
-    """One parameter's state, in the optimizer's codecs; ``saved``: its group, if planes were saved."""
+    """One parameter's state, in the optimizer's codecs.
+
+    ``saved``: its group, if this library saved it; ``values``: as plain values nevertheless.
+    """
     name, own_name, param = (
         optimizer._name(*place),
         optimizer._parameter_name(*place),
@@ -192,8 +268,8 @@ def _load(
     now = states.Stored(*storage.codecs(name, own_name, param, group, rule))
     if not any(value is not None for value in entry.values()):
         return {}
-    if saved is None:
-        return states.load(name, entry, param, rule, now, None)
+    if saved is None or values:
+        return states.load(name, entry, param, rule, now, None, ours=saved is not None)
     # What keep_fp32 says now: what it said then is seen in the planes.
     given = {"state_codec": "auto", "param_codec": "auto", **saved, "keep_fp32": group["keep_fp32"]}
     saved_param, saved_states = storage.codecs(name, own_name, param, given, rule)
@@ -205,4 +281,4 @@ def _load(
         )
     unexempted = storage.codecs(name, own_name, param, {**given, "keep_fp32": ()}, rule)[1]
     before = states.Stored(saved_param, unexempted)
-    return states.load(name, entry, param, rule, now, before, dims)
+    return states.load(name, entry, param, rule, now, before, dims, ours=True)

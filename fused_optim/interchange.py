@@ -76,7 +76,7 @@ def from_bitsandbytes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) 
 
 def _from_entry(name: str, entry: Mapping[str, Any], slots: tuple[Slot, ...]) -> dict[str, Any]:
     flat = {**entry, **entry.get(_WRAPPED, {})}
-    result: dict[str, Any] = {"step": torch.tensor(float(entry["step"]))}
+    result: dict[str, Any] = {"step": torch.tensor(float(entry["step"]), device="cpu")}
     for number, slot in enumerate(slots, 1):
         codes: Tensor | None = flat.get(f"state{number}")
         if codes is None:

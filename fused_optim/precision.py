@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -17,8 +19,33 @@ SMALL = 4096
 _MARK = "_fused_optim_keep_fp32"
 
 
+class Marked:
+    """Parameters with a mark, which their copies get as well: ``copy.deepcopy`` of a parameter loses it.
+
+    An object that owns parameters keeps one of these, and is copied with it. It keeps none of them alive:
+    ``fully_shard`` replaces parameters, and their memory must go.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._params: list[ref[Tensor]] = []
+        for param in params:
+            setattr(param, _MARK, True)
+            self._params.append(ref(param))
+
+    def _alive(self) -> list[Tensor]:
+        return [param for param in (get() for get in self._params) if param is not None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marked:
+        return Marked([deepcopy(param, memo) for param in self._alive()])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Marked, (self._alive(),)
+
+
 def keep_fp32(module: nn.Module) -> nn.Module:
     """Marks all parameters of a module: their states stay in fp32 whatever codec of 8 or 4 bits is chosen.
+
+    Copies of the module have the marks too. ``fully_shard`` makes new parameters: mark the module after it.
 
     Args:
         module: for instance an embedding, whose rarely used rows share blocks with frequent ones.
@@ -30,8 +57,11 @@ def keep_fp32(module: nn.Module) -> nn.Module:
         >>> from torch import nn
         >>> embedding = keep_fp32(nn.Embedding(1000, 64))
     """
-    for param in module.parameters():
-        setattr(param, _MARK, True)
+    # Each part has its own, because it may be copied alone.
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if own:
+            setattr(part, _MARK, Marked(own))
     return module
 
 

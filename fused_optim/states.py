@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import compress
 from typing import Any, NamedTuple
@@ -10,7 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.layout import flat
+from .kernels.masking import DENSE, MASK
 from .kernels.planes import read, write
+from .kernels.reference.blocks import BLOCK_CODECS
+from .kernels.rules import RULES
 from .kernels.spec import Codec, Plane, Rule
 from .storage import complete_state, empty_plane, local_view, plane_shape, value_codec
 
@@ -42,8 +47,38 @@ def encode(param: Tensor, value: Tensor, key: str, codec: Codec) -> dict[str, Te
 def encode_local(param: Tensor, values: Tensor, key: str, codec: Codec) -> dict[str, Tensor]:
     """The same for the values of what this rank holds of a parameter."""
     state = {key + plane.suffix: empty_plane(param, plane) for plane in codec.planes}
-    write(codec, [local_view(plane) for plane in state.values()], values, local_view(param))
+    planes = [local_view(plane) for plane in state.values()]
+    write(codec, planes, values, local_view(param))
+    if codec.lookup == "dynamic_signed":
+        _restore(codec, planes, flat(values, local_view(param)).flatten(), local_view(param))
     return state
+
+
+def _restore(codec: Codec, planes: Sequence[Tensor], values: Tensor, order: Tensor) -> None:
+    """Corrects blocks that were decoded before and whose largest magnitude is negative.
+
+    The signed map has no -1: with the largest magnitude as their scale they would shrink by 0.7 % each time
+    they are decoded and encoded. Where another scale gives every value of a block exactly, it is that one.
+    """
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % codec.block)).view(-1, codec.block)
+    lowest = blocks.amin(1)
+    (rows,) = torch.where((lowest < 0) & (-lowest > blocks.amax(1)) & lowest.isfinite())
+    if not len(rows):
+        return
+    blocks = blocks[rows]
+    block_codec = BLOCK_CODECS[codec.name]
+    quotient = lowest[rows] / block_codec.value(torch.zeros(1, dtype=torch.int32, device=values.device))
+    codes, scales = (flat(plane, order).flatten() for plane in planes)
+    wide = torch.nn.functional.pad(codes, (0, -len(codes) % codec.block)).view(-1, codec.block)
+    # Several scales may have rounded to the same lowest value.
+    for scale in (quotient.nextafter(quotient * 2), quotient.nextafter(quotient * 0), quotient):
+        near = block_codec.code(blocks / scale.unsqueeze(1))
+        exact = (block_codec.value(near) * scale.unsqueeze(1) == blocks).all(1)
+        wide[rows[exact]] = near[exact].to(wide.dtype)
+        scales[rows[exact]] = scale[exact]
+    for plane, new in zip(planes, (wide.flatten()[: len(codes)], scales), strict=True):
+        target = flat(plane, order)
+        target.copy_(new.view(target.shape))
 
 
 def _is_stored_as(entry: Mapping[str, Any], key: str, codec: Codec) -> bool:
@@ -99,6 +134,39 @@ def _checked_value(name: str, entry: Mapping[str, Any], param: Tensor, key: str)
     return value
 
 
+def _checked_step(name: str, step: Any) -> Tensor:
+    """A step count as it is kept.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
+    if not number or not 0 <= float(step) < float("inf"):
+        raise ValueError(
+            f"the step count of {name} is {step!r} in the state dict, a number from 0 on is expected: "
+            "it is damaged"
+        )
+    if not isinstance(step, Tensor):
+        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    return step.detach().float().reshape(()).clone()
+
+
+_SHARED = ("radius", "row_second_moment")
+_SLOTS = {slot.name for rule in RULES.values() for slot in rule.slots}
+_KNOWN = {"param", "step", MASK.name, DENSE.name, *_SHARED, *_SLOTS}
+"""What this library writes, by the name before the first dot; states of matrices belong to modules above."""
+
+
+def _is_of_the_user(key: str) -> bool:
+    """Whether no rule and no codec of this library writes an entry of this name."""
+    return key.partition(".")[0] not in _KNOWN
+
+
+def _owned(value: Any, param: Tensor) -> Any:
+    """A copy of an entry that only the user reads, on the parameter's device."""
+    return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
+
+
 def _memory(param: Tensor, dims: Sequence[int] | None) -> Tensor:
     """A tensor without memory whose dimensions lie in the given order, outermost first."""
     if dims is None:
@@ -138,6 +206,7 @@ def load(
     now: Stored,
     saved: Stored | None,
     dims: Sequence[int] | None = None,
+    ours: bool = False,
 ) -> dict[str, Any]:
     """A parameter's state from a checkpoint; nothing is aliased.
 
@@ -149,9 +218,10 @@ def load(
         now: its codecs in this optimizer.
         saved: its codecs if this library saved planes; None for plain values.
         dims: the order of its dimensions in memory when it was saved, if it was another.
+        ours: whether this library saved it: then entries that no rule knows are the user's, and stay.
 
     Raises:
-        ValueError: another optimizer's keys, another model's shapes, damaged planes.
+        ValueError: another optimizer's keys, another model's shapes, damaged planes, no step count.
     """
     # Masks and dense weights come with the first step of an optimizer that finds none.
     present = [slot.codec is None or slot.name in entry for slot in rule.slots]
@@ -166,7 +236,8 @@ def load(
         expected |= {slot.name + plane.suffix for plane in source.planes} if source else set()
     shared = {key: per.shape(tuple(param.shape)) for key, per in rule.shared if entry.get(key) is not None}
     found = {key for key, value in entry.items() if value is not None and key != "step"} - set(shared)
-    if found - param_keys != expected:
+    extra = {key for key in found - param_keys - expected if ours and _is_of_the_user(key)}
+    if found - param_keys - extra != expected:
         raise ValueError(
             f"the state dict holds {sorted(found)} for {name}, but {rule.name} keeps {sorted(expected)}: "
             "it belongs to another optimizer or to other options, or it is damaged"
@@ -177,9 +248,9 @@ def load(
             f"{now.param.name!r}; construct it with the same param_codec, or save with "
             "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
         )
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {key: _owned(entry[key], param) for key in extra}
     if entry.get("step") is not None:
-        state["step"] = torch.as_tensor(entry["step"], dtype=torch.float32).detach().reshape(()).clone()
+        state["step"] = _checked_step(name, entry["step"])
     if param_keys and found >= param_keys:
         state |= _copy(name, entry, param, "param", now.param.planes[1:])
     for key, shape in shared.items():

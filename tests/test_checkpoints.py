@@ -336,6 +336,20 @@ def test_distributed_checkpoint_helpers() -> None:
     checkpointing.assert_same_training(loaded, list(second.parameters()), optimizer, list(first.parameters()))
 
 
+def test_options_that_a_file_does_not_have_stay() -> None:
+    """torch.optim knows nothing of these; loading set them back to the defaults of the class."""
+    param = Parameter(torch.ones(3))
+    group = {"params": [param], "clip_grad_norm": 1.0, "skip_nonfinite": True, "seed": 5, "mine": "a"}
+    optimizer = fused_optim.AdamW([group], lr=0.25)
+    for saved in (optimizer.state_dict(portable=True), torch.optim.AdamW([param], lr=0.5).state_dict()):
+        optimizer.load_state_dict(checkpointing.written_and_read(saved))
+        found = optimizer.param_groups[0]
+        assert {key: found[key] for key in ("clip_grad_norm", "skip_nonfinite", "seed", "mine")} == {
+            key: group[key] for key in ("clip_grad_norm", "skip_nonfinite", "seed", "mine")
+        }
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_distributed_checkpoint_file(tmp_path: Path) -> None:
     """flashoptim issue 3: a round trip through DCP took the loss from 2.4 to 1785."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import socket
+import weakref
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import Embedding, Linear, Parameter, Sequential
 
 import fused_optim
 from fused_optim import full_precision, keep_fp32, set_full_precision
 from fused_optim.kernels.codecs import CODECS
+from fused_optim.sparsity import SRSTE
+from fused_optim.spectral import Hypersphere
 from tests import checkpointing
 from tests.cases import assert_same_bits, normal
 
@@ -67,6 +74,35 @@ def test_keep_fp32_per_group_and_by_mark() -> None:
         {"params": [_param(5000)], "keep_fp32": 10_000},
     ]
     assert _dtypes(_stepped(groups, state_codec="int8")) == [FULL, NARROW, FULL]
+
+
+@pytest.mark.parametrize("parts", [(0, 1), (1, 0)], ids=["model first", "optimizer first"])
+def test_marks_survive_copies(parts: tuple[int, int]) -> None:
+    """copy.deepcopy of a parameter drops its attributes: the copied optimizer refused its own states."""
+    model = Sequential(keep_fp32(Embedding(100, 64)), Linear(100, 64, bias=False))
+    optimizer = _stepped(model.parameters(), state_codec="int8")
+    pair: Any = (model, optimizer)
+    copied = copy.deepcopy([pair[part] for part in parts])
+    second, other = (copied[part] for part in parts)
+    assert [a is b for a, b in zip(second.parameters(), other.param_groups[0]["params"], strict=True)] == [
+        True,
+        True,
+    ]
+    other.step()
+    assert _dtypes(other) == [FULL, NARROW]
+    for again in (copy.deepcopy(second), pickle.loads(pickle.dumps(second)), copy.deepcopy(second)[:1]):
+        for module in (again, copy.deepcopy(again)):
+            assert _dtypes(_stepped(module.parameters(), state_codec="int8"))[0] == FULL
+
+
+def test_marks_keep_no_parameter_alive() -> None:
+    """fully_shard puts others in their place, and the memory of the whole must go."""
+    embedding = keep_fp32(Embedding(10, 4))
+    gone = weakref.ref(embedding.weight)
+    embedding.weight = Parameter(torch.zeros(5, 4))
+    gc.collect()
+    assert gone() is None
+    copy.deepcopy(embedding)
 
 
 def test_keep_fp32_leaves_other_codecs_alone() -> None:
@@ -181,49 +217,19 @@ def test_random_rounding_depends_on_the_seed_and_resumes(backend: str) -> None:
     assert not torch.equal(run(5), run(6))
 
 
-def _saved(codec: str) -> tuple[dict[str, Any], fused_optim.AdamW]:
-    optimizer = _stepped([("first", _param(4100)), ("second", _param(5000))], state_codec=codec)
-    return copy.deepcopy(optimizer.state_dict()), fused_optim.AdamW(
-        [("first", _param(4100)), ("second", _param(5000))], state_codec=codec
-    )
-
-
-def _damage(key: str, change: Any) -> Any:
-    def damage(saved: dict[str, Any]) -> None:
-        saved["state"][1][key] = change(saved["state"][1][key])
-
-    return damage
-
-
-@pytest.mark.parametrize("codec", ["int8", "int8_companded", "fp8", "int4"])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_damage("exp_avg.scale", lambda scale: scale[:-1]), r"exp_avg.scale.*second.*shape.*expected"),
-        (_damage("exp_avg_sq", lambda codes: codes[:-7]), r"exp_avg_sq.*second.*shape"),
-        (
-            _damage("exp_avg_sq.scale", lambda s: s * float("nan")),
-            r"exp_avg_sq.scale.*second.*NaN or infinite",
-        ),
-        (_damage("exp_avg", lambda codes: codes.float()), r"second.*adam keeps.*damaged"),
-        (lambda saved: saved["state"][1].pop("exp_avg.scale"), r"exp_avg.*second.*damaged"),
-    ],
-    ids=["scales", "codes", "nan", "dtype", "missing"],
-)
-def test_damaged_planes_are_refused(codec: str, damage: Any, message: str) -> None:
-    saved, optimizer = _saved(codec)
-    damage(saved)
-    before = checkpointing.frozen(optimizer)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(saved)
-    assert checkpointing.frozen(optimizer) == before
-
-
-def test_codes_without_their_codec_are_refused() -> None:
-    saved, optimizer = _saved("int8")
+def test_codes_without_our_entry_tell_their_order() -> None:
+    before = Parameter(normal((8, 16, 6, 7), torch.float32, 1).to(memory_format=torch.channels_last))
+    after = Parameter(before.detach().contiguous())
+    saving, loading = _stepped([before], state_codec="int8"), fused_optim.AdamW([after], state_codec="int8")
+    saved = saving.state_dict()
+    whole = fused_optim.AdamW([Parameter(after.detach().clone())], state_codec="int8")
+    whole.load_state_dict(saved)
     del saved["fused_optim"]
-    with pytest.raises(ValueError, match="first"):
-        optimizer.load_state_dict(saved)
+    loading.load_state_dict(saved)
+    assert_same_bits(
+        loading.state[after]["exp_avg.scale"],
+        whole.state[whole.param_groups[0]["params"][0]]["exp_avg.scale"],
+    )
 
 
 @pytest.mark.parametrize("codec", ["int8", "int8_companded", "int4"])
@@ -270,6 +276,75 @@ def test_low_bits_need_the_codec_that_wrote_them() -> None:
     split.step()
 
 
+def test_values_outlast_decoding_and_encoding() -> None:
+    """The signed map has no -1: blocks led by a negative value lost 0.7 % each time they were encoded."""
+    param = _param(30 * 256 + 77)
+    optimizer = _stepped([param], state_codec="int8")
+    decoded = full_precision(optimizer, param, "exp_avg")
+    starts = range(0, param.numel(), 256)
+    assert any(-decoded[i : i + 256].min() > decoded[i : i + 256].max() for i in starts)
+    for _ in range(30):
+        optimizer.load_state_dict(optimizer.state_dict(portable=True))
+    assert_same_bits(full_precision(optimizer, param, "exp_avg"), decoded)
+    # What never was in a block is encoded as kernels do it.
+    fresh, kernel = (fused_optim.Lion([_param(8192)], betas=(0.0, 0.0), state_codec="int8") for _ in range(2))
+    values = normal(8192, torch.float32, 7)
+    held, other = fresh.param_groups[0]["params"][0], kernel.param_groups[0]["params"][0]
+    other.grad = values
+    kernel.step()
+    group = kernel.state_dict(portable=True)["param_groups"]
+    fresh.load_state_dict({"state": {0: {"exp_avg": values, "step": 1}}, "param_groups": group})
+    for key in ("exp_avg", "exp_avg.scale"):
+        assert_same_bits(fresh.state[held][key], kernel.state[other][key], key)
+
+
+def test_entries_of_the_user_stay() -> None:
+    param = _param(5000)
+    optimizer = _stepped([param], state_codec="int8")
+    optimizer.state[param] |= {"ema": torch.arange(3), "note": "mine"}
+    optimizer.load_state_dict(checkpointing.written_and_read(optimizer.state_dict()))
+    found = optimizer.state[param]
+    assert found["ema"].tolist() == [0, 1, 2] and found["note"] == "mine" and found["exp_avg"].dtype == NARROW
+    optimizer.step()
+    saved = optimizer.state_dict(portable=True)
+    with pytest.raises(ValueError, match=r"'ema'.*another optimizer"):
+        optimizer.load_state_dict(saved)
+    held = _stepped([("w", Parameter(torch.ones(4, 4)))], spectral=Hypersphere())
+    plain = fused_optim.AdamW([("w", Parameter(torch.ones(4, 4)))])
+    with pytest.raises(ValueError, match=r"'radius'.*other options"):
+        plain.load_state_dict(held.state_dict())
+
+
+HELPED: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
+    "AdamW": (fused_optim.AdamW, torch.float32, {}),
+    "AdamW8bit": (fused_optim.AdamW8bit, torch.float32, {}),
+    "AdamW4bit": (fused_optim.AdamW4bit, torch.float32, {}),
+    "Lion8bit": (fused_optim.Lion8bit, torch.float32, {"keep_fp32": lambda name, param: param.ndim < 2}),
+    "split8": (fused_optim.AdamW, torch.bfloat16, {"param_codec": "bf16_split8", "state_codec": "int8"}),
+    "kahan": (fused_optim.AdamW, torch.bfloat16, {"param_codec": "bf16_kahan"}),
+    "masks": (fused_optim.AdamW, torch.float32, {"sparsity": SRSTE(), "state_codec": {"exp_avg": "fp8"}}),
+}
+
+
+@pytest.mark.parametrize("how", ["", "full_state_dict", "flatten_optimizer_state_dict"])
+@pytest.mark.parametrize("name", HELPED)
+def test_distributed_helpers_keep_planes(name: str, how: str) -> None:
+    """They pass on nothing but states and groups; flat, they want every option of a group."""
+    cls, dtype, options = HELPED[name]
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(dtype)
+    found = checkpointing.through_helpers(model, lambda p: cls(p, **options), **({how: True} if how else {}))
+    checkpointing.assert_same_training(found[2], found[3], found[0], found[1])
+
+
+def test_shards_come_back_from_the_helpers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cases = [("bfloat16", {"param_codec": c}) for c in ("bf16_split8", "bf16_kahan")]
+    cases.append(("float32", {"state_codec": "int8"}))
+    mp.start_processes(checkpointing.shards_through_helpers, (port, cases), nprocs=2, start_method="spawn")
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -289,3 +364,9 @@ def test_low_bits_need_the_codec_that_wrote_them() -> None:
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fused_optim.AdamW([_param(10)], **options)
+
+
+def test_modules_come_when_asked_for() -> None:
+    assert fused_optim.interchange.from_bitsandbytes is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        getattr(fused_optim, "nothing")  # noqa: B009

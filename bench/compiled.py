@@ -6,7 +6,8 @@ import argparse
 import importlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from .record import add_out, begin, save
 
 CAPABILITIES = (80, 90, 100)
 """Compute capabilities of A100, H100 and B200."""
+
+NOTE = "counted in compiled code; nothing was run, and no time was measured"
 
 Job, Report = TypeVar("Job"), TypeVar("Report")
 
@@ -38,16 +41,26 @@ def check_triton(parser: argparse.ArgumentParser) -> None:
         parser.error(f"Triton cannot be imported ({error}): pip install 'triton>=3.6'")
 
 
+def _counted(reports: Iterable[Report], jobs: int) -> list[Report]:
+    """All reports; what is done is said on the terminal's error stream: hundreds of kernels take an hour."""
+    found = []
+    for report in reports:
+        found.append(report)
+        print(f"\r{len(found)} of {jobs} kernels compiled", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found
+
+
 def run(report: Callable[[Job], Report], jobs: Sequence[Job], workers: int | None) -> list[Report]:
     """Reports in the order of the jobs, compiled by several processes or, if it is one, by this."""
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1:
-        return list(map(report, jobs))
+        return _counted(map(report, jobs), len(jobs))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        return pool.map(report, jobs, chunksize=1)
+        return _counted(pool.imap(report, jobs, chunksize=1), len(jobs))
 
 
 def write(kind: str, argv: Sequence[str], options: argparse.Namespace, kernels: Sequence[Any]) -> None:
     """Writes every count as JSON, where ``--out`` says."""
     head = begin(kind, argv, torch.device("cpu"), options.quick)
-    save({**head, "kernels": kernels}, options.out)
+    save({**head, "note": NOTE, "kernels": kernels}, options.out)

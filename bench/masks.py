@@ -1,23 +1,36 @@
-"""``python -m bench masks``: times the search for N:M masks, and masked steps, beside what others do."""
+"""``python -m bench masks``: times the search for N:M masks, masked steps and exported layers."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_optim
 from fused_optim.kernels.reference import masking
-from fused_optim.sparsity import SRSTE, OneShot, nm_mask, transposable_mask
+from fused_optim.sparsity import (
+    SRSTE,
+    OneShot,
+    load_sparse,
+    nm_mask,
+    prune,
+    save_sparse,
+    to_semi_structured,
+    transposable_mask,
+)
 
-from .comparison import Case, Contender, compare, parser_of
+from .comparison import Absent, Case, Contender, compare, parser_of
 from .newton_schulz import DTYPES
 
 ASP = "apex ASP, six patterns"
+FORWARD_ERROR = 0.01
+"""Of a product in bf16, relative: two that add in another order are off by 0.003 or less."""
 PATTERNS = [(2, 4), (1, 4), (4, 8), (2, 16), (16, 32)]
 
 
@@ -170,7 +183,53 @@ def steps(args: argparse.Namespace, device: torch.device) -> list[Case]:
     ]
 
 
-SUITES = {"groups": groups, "transposable": transposable, "step": steps}
+def _layer(weight: Tensor) -> nn.Sequential:
+    """A linear layer without a bias, in a model: exports name its weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return nn.Sequential(layer)
+
+
+def _exported(weight: Tensor) -> nn.Sequential:
+    """A pruned layer after ``save_sparse`` and ``load_sparse``."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        save_sparse(_layer(weight), file.name)
+        return _layer(load_sparse(file.name, weight.device)["0.weight"])
+
+
+def _compressed(model: nn.Module, x: Tensor, expected: Tensor) -> Contender | Absent:
+    """The forward pass through torch's compressed weights, if this machine can take it and it is right."""
+    label = "2:4 through torch's semi-structured tensors"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            to_semi_structured(model)
+            error = (torch.dist(model(x).float(), expected) / expected.norm()).item()
+    except ValueError as unfit:
+        return Absent(label, "missing", str(unfit))
+    except (RuntimeError, NotImplementedError) as failure:
+        return Absent(label, "failed", f"{type(failure).__name__}: {failure}"[:300])
+    if not error <= FORWARD_ERROR:
+        return Absent(label, "wrong", f"relative error {error:.1e}, allowed {FORWARD_ERROR:.0e}")
+    return Contender(label, partial(model, x), lambda: error)
+
+
+@torch.no_grad()
+def forward(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """An exported layer on as many tokens as it has inputs: its compressed weight, and the same one dense."""
+    weight = torch.randn(args.rows, args.columns, device=device).bfloat16()
+    prune(dense := _layer(weight))
+    x = torch.randn(args.columns, args.columns, device=device).bfloat16()
+    expected = dense(x).float()
+    found = _compressed(_exported(weight), x, expected)
+    plain = Contender("dense", partial(dense, x))
+    name = f"forward of a 2:4 layer, {args.columns} tokens, {args.rows}x{args.columns} bf16"
+    if isinstance(found, Absent):
+        return [Case(name, [plain], absent=[found])]
+    return [Case(name, [found, plain], {"dense": 1.0})]
+
+
+SUITES = {"groups": groups, "transposable": transposable, "step": steps, "forward": forward}
 
 
 def _parser() -> argparse.ArgumentParser:

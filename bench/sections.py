@@ -18,7 +18,7 @@ _LINES = 8
 
 LEFT_IS_FASTER = "our median time over the other's (logarithmic; left of 1: ours is faster)"
 
-ERRORS = {"masks": "share of weights on which the mask disagrees with ours"}
+ERRORS = {"masks": "share of weights on which the mask disagrees with ours; of a forward pass: relative"}
 """What the errors of a command are, where they are not relative ones."""
 
 
@@ -232,7 +232,8 @@ def static(result: Result, stem: Path) -> Section:
     section = Section(f"Compiled kernels, sm_{sm}", circumstances(result.data))
     groups: dict[str, list[Bar]] = {}
     for kernel in (kernel for kernel in kernels if kernel["sm"] == sm):
-        name = f"{kernel['kernel']}\n{kernel['storage']}"
+        group = kernel.get("group")
+        name = f"{kernel['kernel']}{'' if group is None else f' of {group}'}\n{kernel['storage']}"
         groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel["share"]))
     label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
     pictured = [Group(name, bars) for name, bars in groups.items()]

@@ -1,76 +1,41 @@
 """What the Triton kernels cost, counted from compiled code on a machine without a GPU.
 
 ``python -m bench static [--out FILE]`` compiles every rule with the main storages for sm_80, sm_90 and
-sm_100 in both arithmetics and reports bytes, registers and instructions per element.
+sm_100 in both arithmetics and reports bytes, registers, spills and instructions per element, and what will
+bound the time: memory, or instructions where they need more issue slots than an H200 has while it copies as
+many bytes. The status is 1 if a kernel spills or moves other bytes than its codecs' model says.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from fused_optim.kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, STATE_CODECS, for_slot
-from fused_optim.kernels.masking import GROUPS, masked
+from fused_optim.kernels.codecs import CODECS, for_slot
+from fused_optim.kernels.masking import masked
 from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule, Slot, bytes_moved
 from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
 
 from .compiled import CAPABILITIES, check_triton, command_line, run, write
 from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
-
-PLAIN = (
-    ("fp32", "fp32", "fp32"),
-    ("bf16", "fp32", "bf16"),
-    ("bf16", "bf16", "bf16"),
-    ("fp16", "fp32", "fp16"),
-    ("fp16", "fp16", "fp16"),
-    ("fp32", "bf16", "fp32"),
-    ("fp32", "fp32", "bf16"),
-)
-CODED = (
-    ("fp32", "int8", "fp32"),
-    ("fp32", "int8_companded", "fp32"),
-    ("fp32", "fp8", "fp32"),
-    ("fp32", "int4", "fp32"),
-    ("bf16_split8", "int8_companded", "bf16"),
-    ("bf16_split16", "bf16_sr", "bf16"),
-    ("bf16_kahan", "bf16", "bf16"),
-    ("fp16_kahan", "fp16", "fp16"),
-    ("bf16_sr", "int4", "bf16"),
-)
-STORAGES = PLAIN + CODED
-"""(parameter, every state, gradient): what people train with."""
-
-IN_PLACE = ("fp32", "fp32", "fp32", "mask", "fp32")
-MIXED = ("bf16", "fp32", "fp32", "mask", "bf16")
-DENSE = ("bf16", "int8", "int8_unsigned", "mask", "bf16_split16", "bf16")
-MASKED = (
-    *(("adam", group, IN_PLACE) for group in (0, *GROUPS)),
-    *(("cast_adam", group, IN_PLACE) for group in (0, 4)),
-    ("adam", 4, MIXED),
-    ("adam", 4, ("bf16", "fp32", "fp32", "mask", "fp32", "bf16")),
-    ("adam", 4, DENSE),
-    ("adam", 16, DENSE),
-    ("adam", 4, ("bf16_sr", "int4", "int4_unsigned", "mask", "bf16")),
-    ("sgd_momentum", 4, ("bf16", "bf16", "mask", "bf16_split8", "bf16")),
-    ("lion", 4, ("bf16", "bf16", "mask", "bf16")),
-    ("lion", 16, ("bf16", "bf16", "mask", "bf16")),
-)
-"""Rule, size of groups, codecs: parameter, states (the mask and dense weights last), gradient."""
-
-FLOATS = tuple(name for name in OF_DTYPE.values() if CODECS[name].compute == "float32")
-PARAMS = tuple(name for name in PARAM_CODECS if CODECS[name].compute == "float32")
-STATES = tuple(name for name in STATE_CODECS if CODECS[name].compute == "float32")
+from .static_cases import CODED, DENSE, FLOATS, IN_PLACE, MASKED, MIXED, PARAMS, PLAIN, STATES, STORAGES
+from .static_masks import SEARCHES, model, search, traffic
 
 _TYPES = {"tiles": "*i32", "table": "*i64", "rows": "*fp32", "layouts": "*i64", "partials": "*fp64"}
 
 
 class Job(NamedTuple):
-    """One kernel to compile; ``rule`` is None for the sum of squares, ``group`` for rules without a mask."""
+    """One kernel to compile; ``group`` is None for rules without a mask.
+
+    ``rule`` is None for the sum of squares, and a search's name for the kernels that only find masks.
+    """
 
     rule: str | None
     codecs: tuple[str, ...]
@@ -124,6 +89,20 @@ class Report:
         """Part of the instruction budget that is used."""
         return self.executed / self.budget
 
+    @property
+    def bound(self) -> str:
+        """What sets the time at best; between ``USABLE_SHARE`` and 1 stalled loads may."""
+        return "memory" if self.share <= 1 else "instructions"
+
+    @property
+    def fault(self) -> str | None:
+        """What no kernel may do, if this one does."""
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if not all(map(math.isclose, (self.read, self.written), self.model)):
+            return f"moves {self.read:g} + {self.written:g} bytes, not {self.model[0]:g} + {self.model[1]:g}"
+        return None
+
 
 def _variant(name: str, slot: Slot) -> str:
     return for_slot(name, slot.signed).name
@@ -150,12 +129,20 @@ def masked_jobs(
     return [Job(rule, codecs, exact, False, sm, group) for (rule, group, codecs), exact, sm in jobs]
 
 
+def search_jobs(sm: Iterable[int]) -> list[Job]:
+    """The searches for masks of whole tensors, in fp32 and bf16."""
+    kinds = [(name, group) for name, groups in SEARCHES.items() for group in groups]
+    jobs = itertools.product(kinds, ("fp32", "bf16"), sm)
+    return [Job(name, (codec, "mask"), True, False, sm, group) for (name, group), codec, sm in jobs]
+
+
 def main_jobs(sm: Iterable[int] = CAPABILITIES, rules: Iterable[str] = tuple(RULES)) -> list[Job]:
     """Every rule with the main storages in both arithmetics, one of them strided; sums of squares."""
     sm = tuple(sm)
     jobs = step_jobs(rules, STORAGES, (True, False), sm)
     jobs += [job._replace(strided=True) for job in step_jobs(rules, PLAIN[1:2], (True,), sm)]
     jobs += [job for job in masked_jobs(MASKED, (True, False), sm) if job.rule in {*rules, CAST_ADAM.name}]
+    jobs += search_jobs(sm)
     return jobs + [Job(None, (name,), True, False, capability) for name in FLOATS for capability in sm]
 
 
@@ -187,6 +174,7 @@ def quick_jobs() -> list[Job]:
     jobs += masked_jobs([("adam", 4, MIXED)], (True,), (80, 100))
     jobs += masked_jobs([("adam", 16, IN_PLACE), ("cast_adam", 4, IN_PLACE)], (True,), (90,))
     jobs += masked_jobs([("adam", 4, DENSE)], (False,), (90,))
+    jobs += [job for job in search_jobs((90,)) if job.group in (4, None) and job.codecs[0] == "fp32"]
     return jobs + [Job(None, (name,), True, False, 90) for name in FLOATS]
 
 
@@ -199,16 +187,22 @@ def compile_kernel(job: Job) -> Any:
     from fused_optim.kernels.triton import driver, step
 
     codecs = [CODECS[name] for name in job.codecs]
-    if job.rule is None:
-        kernel = step.square_sum
+    options: dict[str, Any]
+    if job.rule in SEARCHES:
+        found = search(job.rule, job.codecs[0], job.group)
+        kernel, constants, options = found.kernel, found.constants, {"num_warps": found.warps}
+        types, aligned = found.signature, found.aligned
+    elif job.rule is None:
+        kernel, types, aligned = step.square_sum, _TYPES, ()
         constants, options = driver.square_sum_constants(codecs[0], job.strided)
     else:
-        kernel = step.step
+        kernel, types, aligned = step.step, _TYPES, ()
         constants, options = driver.step_constants(job.whole_rule, codecs, job.strided, job.exact)
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _TYPES.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs, {})
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constexprs, attributes)
     return compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
 
 
@@ -238,6 +232,15 @@ def _traffic(
     return read, written, scales / elements, gathered / elements, tuple(sorted(widths))
 
 
+def _model(job: Job, codecs: list[Codec]) -> tuple[tuple[float, float], str]:
+    """Bytes that must be read and written per element, and the arithmetic that ``auto`` means."""
+    if job.rule is None:
+        return (codecs[0].bytes_per_value, 0.0), "exact"
+    param, *states, grad = codecs
+    exact = auto_exact(job.whole_rule, param, grad, tuple(states))
+    return bytes_moved(job.whole_rule, param, grad, tuple(states)), "exact" if exact else "fast"
+
+
 def report(job: Job) -> Report:
     """Compiles a kernel and counts."""
     import triton
@@ -246,17 +249,19 @@ def report(job: Job) -> Report:
     sass, usage = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     ptx, code = compiled.asm["ptx"], instructions(sass)
     accesses = main_accesses(ptx)
-    codecs = [CODECS[name] for name in job.codecs]
-    shape = launch_shape(codecs)
-    threads = 32 * shape.warps
-    elements = (shape.chunk if job.strided else shape.tile) / threads
-    read, written, scales, gathered, widths = _traffic(accesses, codecs, elements, shape.vector, job.strided)
-    if job.rule is None:
-        model, auto = (codecs[0].bytes_per_value, 0.0), "exact"
+    if job.rule in SEARCHES:
+        found = search(job.rule, job.codecs[0], job.group)
+        elements, moved, auto = found.elements, model(job.codecs[0]), "exact"
+        read, written, widths = traffic(accesses, found)
+        scales = gathered = 0.0
     else:
-        param, *states, grad = codecs
-        model = bytes_moved(job.whole_rule, param, grad, tuple(states))
-        auto = "exact" if auto_exact(job.whole_rule, param, grad, tuple(states)) else "fast"
+        codecs = [CODECS[name] for name in job.codecs]
+        shape = launch_shape(codecs)
+        elements = (shape.chunk if job.strided else shape.tile) / (32 * shape.warps)
+        moved, auto = _model(job, codecs)
+        read, written, scales, gathered, widths = _traffic(
+            accesses, codecs, elements, shape.vector, job.strided
+        )
     return Report(
         kernel=job.rule or "square_sum",
         group=job.group,
@@ -268,7 +273,7 @@ def report(job: Job) -> Report:
         written=written,
         scales=scales,
         gathered=gathered,
-        model=model,
+        model=moved,
         access=widths,
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
@@ -278,42 +283,82 @@ def report(job: Job) -> Report:
         approximate=len(re.findall(r"\b(?:(?:div|rcp|rsqrt)\.(?:approx|full)\.f32|sqrt\.approx)", ptx)),
         emitted=len(code) / elements,
         executed=len(executed_path(code)) / elements,
-        budget=LANE_INSTRUCTIONS_PER_BYTE * sum(model),
+        budget=LANE_INSTRUCTIONS_PER_BYTE * sum(moved),
         auto=auto,
     )
+
+
+def _label(r: Report) -> tuple[str, str]:
+    kernel = r.kernel + ("" if r.group is None else f" of {r.group}")
+    return kernel, r.storage + (" strided" if r.strided else "")
 
 
 def table(reports: Iterable[Report]) -> str:
     """One line a kernel."""
     lines = [
-        f"{'kernel':<16}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
-        "  registers  emitted  executed   budget  used  auto"
+        f"{'kernel':<19}{'parameter/states/gradient':<53}arithmetic  sm  read  written  access"
+        "  registers  spills  shared  emitted  executed   budget  used  bound         auto"
     ]
     for r in reports:
-        kernel = r.kernel + ("" if r.group is None else f" of {r.group}")
-        storage = r.storage + (" strided" if r.strided else "")
+        kernel, storage = _label(r)
         access = ",".join(map(str, r.access))
         lines.append(
-            f"{kernel:<16}{storage:<53}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
-            f"{r.registers:>11}{r.emitted:>9.1f}{r.executed:>10.1f}{r.budget:>9.1f}{r.share:>6.0%}  {r.auto}"
+            f"{kernel:<19}{storage:<53}{r.arithmetic:<10}{r.sm:>4}{r.read:>6.1f}{r.written:>9.1f}{access:>8}"
+            f"{r.registers:>11}{r.spilled:>8}{r.shared:>8}{r.emitted:>9.1f}{r.executed:>10.1f}{r.budget:>9.1f}"
+            f"{r.share:>6.0%}  {r.bound:<12}  {r.auto}"
         )
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Command line."""
+def _storage(text: str) -> tuple[str, str, str]:
+    """``PARAMETER/STATES``, with a gradient of the parameter's dtype, or ``PARAMETER/STATES/GRADIENT``."""
+    param, states, *grad = text.split("/")
+    if param not in PARAMS or states not in STATES or len(grad) > 1 or not {*grad} <= {*FLOATS}:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: PARAMETER/STATES or PARAMETER/STATES/GRADIENT, parameters {', '.join(PARAMS)}; "
+            f"states {', '.join(STATES)}; gradients {', '.join(FLOATS)}"
+        )
+    return param, states, grad[0] if grad else param.split("_")[0]
+
+
+def _chosen(options: argparse.Namespace) -> list[Job]:
+    """The kernels that the command line asks for."""
+    if options.quick:
+        return quick_jobs()
+    if options.every:
+        return every_job(options.sm, options.rule)
+    if options.storages:
+        return step_jobs(options.rule, options.storages, (True, False), options.sm)
+    return main_jobs(options.sm, options.rule)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command_line("static", __doc__)
     parser.add_argument("--rule", nargs="+", default=tuple(RULES), choices=RULES, help="only these rules")
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument("--quick", action="store_true", help="just what the tests compile")
     selection.add_argument("--every", action="store_true", help="every storage of every tensor (hours)")
+    selection.add_argument(
+        "--storages",
+        nargs="+",
+        type=_storage,
+        metavar="PARAMETER/STATES",
+        help="only these; /GRADIENT may follow",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    parser = _parser()
     options = parser.parse_args(argv)
     check_triton(parser)
-    jobs = every_job(options.sm, options.rule) if options.every else main_jobs(options.sm, options.rule)
-    reports = run(report, quick_jobs() if options.quick else jobs, options.workers)
+    reports = run(report, _chosen(options), options.workers)
     print(table(reports))
-    write("static", argv, options, [asdict(r) | {"share": r.share} for r in reports])
-    return 0
+    write("static", argv, options, [asdict(r) | {"share": r.share, "bound": r.bound} for r in reports])
+    faults = [" ".join((*_label(r), r.arithmetic, f"sm_{r.sm}", r.fault)) for r in reports if r.fault]
+    print("\n".join(faults) or "no kernel spills, and each moves the bytes of its model")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CPP = ("csrc", "tests/cpp", "tests/cuda_on_cpu")
 MIRROR = ROOT / "build" / "typing"
 PACKAGES = {"fused_optim": "fused_optim", "kernels": "fused_optim/kernels"}
 COMMANDS = {
@@ -48,9 +49,8 @@ def run(name: str, extra: list[str]) -> bool:
     if name == "types":
         _mirror_package()
     if name == "cpp":
-        command += sorted(
-            str(path) for path in (ROOT / "csrc").iterdir() if path.suffix in {".h", ".cpp", ".cu"}
-        )
+        sources = (path for folder in CPP for path in (ROOT / folder).iterdir())
+        command += sorted(str(path) for path in sources if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
     if not Path(command[0]).exists():
         print(
             f"{name}: {COMMANDS[name][0]} is not installed: pip install -c constraints.txt -e '.[test,check]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, peers, shapes, step, tables, timing, verify
+from bench import cases, machine, masks, peers, shapes, step, tables, timing, verify
 from bench.peers import PEERS, Contender, MissingPeerError
 from bench.run import Gradients, Run, measure
 from fused_optim.kernels.codecs import CODECS
@@ -212,6 +213,33 @@ def test_gpu_script_parses_and_explains_itself() -> None:
         refused.returncode == 2
         and "OUT [all|tests|bench|variants|products|matrices|masks|pretrain]" in refused.stdout
     )
+
+
+def test_gpu_script_stays_below_nine_minutes() -> None:
+    """The limits of all parts and of the report, with ten seconds for what is stopped late."""
+    text = (ROOT / "bench" / "gpu.sh").read_text()
+    limits = re.search(r"^build_limit=.*\n.*$", text, re.MULTILINE)
+    assert limits is not None
+    seconds = dict(re.findall(r"(\w+)_limit=(\d+)", limits[0]))
+    assert set(re.findall(r"\$(\w+)_limit", text)) == set(seconds)
+    assert sum(map(int, seconds.values())) <= 530
+
+
+def test_an_exported_layer_is_timed_or_the_reason_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "masks.json"
+    assert masks.main(["--suites", "forward", "--quick", "--device", "cpu", "--out", str(out)]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert [row["status"] for row in case["rows"]] == ["ok", "missing"]
+    assert "sparse tensor cores are an NVIDIA GPU's" in case["rows"][1]["reason"]
+
+
+@pytest.mark.gpu
+def test_an_exported_layer_computes_the_same(tmp_path: Path) -> None:
+    out = tmp_path / "masks.json"
+    sizes = ["--rows", "256", "--columns", "512", "--rounds", "2", "--device", "cuda"]
+    assert masks.main(["--suites", "forward", *sizes, "--out", str(out)]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert [row["status"] for row in case["rows"]] == ["ok", "ok"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import fused_optim
-from bench import masks, newton_schulz, sparse_learning, step
+from bench import masks, newton_schulz, sparse_learning, static, step
 from fused_optim.training import plan, plan_command, pretrain
 from tests.readme import TEXT
 
@@ -118,6 +119,62 @@ def test_whole_matrices() -> None:
             _says(theirs, case["rows"][1]["error"])
 
 
+def test_masks() -> None:
+    text = " ".join(TEXT.split())
+    names = {
+        "2:4 of 1024x1024 fp32": 3,
+        "transposable of 1024x1024 fp32": 1,
+        "transposable of 1024x1024 bf16": 1,
+    }
+    found = {case["name"]: [t["measured"] for t in case["targets"]] for case in _cases("masks.json")}
+    values = [value for name, count in names.items() for value in found[name][:count]]
+    searches = re.search(
+        r"takes ([\d.]+) of the time of `argsort`, ([\d.]+) of `topk`, ([\d.]+) of ASP's search in torch; "
+        r"transposable masks ([\d.]+), in bf16 ([\d.]+), of",
+        text,
+    )
+    steps = re.search(
+        r"2:4 mask takes ([\d.]+) of the dense step's time \(quartiles ([\d.]+) to ([\d.]+);.*?"
+        r"\) and ([\d.]+) of torch's .{,160}\(SR-STE\), ([\d.]+) \(",
+        text,
+    )
+    assert searches is not None and steps is not None
+    once, anew = (
+        {row["label"]: row["ms"]["median"] for row in case["rows"]} for case in _cases("masks_step.json")
+    )
+    target = _cases("masks_step.json")[0]["targets"][0]
+    values += [target["measured"], *target["quartiles"]]
+    values += [once["masked"] / once["torch fused and three passes (apex ASP)"]]
+    values += [anew["masked (SR-STE)"] / anew["dense"]]
+    for said, value in zip((*searches.groups(), *steps.groups()), values, strict=True):
+        _says(said, value)
+
+
+def test_compiled_steps() -> None:
+    """The table has every kernel of the file in the arithmetic that is chosen for it."""
+    data = json.loads((RESULTS.parent / "static" / "sm_90.json").read_text())
+    assert "nothing was run" in data["note"]
+    chosen = [k for k in data["kernels"] if k["arithmetic"] == k["auto"]]
+    for row, k in zip(_rows("compiled step"), chosen, strict=True):
+        param, *states, grad = k["storage"].split("/")
+        assert [k["read"], k["written"]] == k["model"]
+        assert param.startswith(grad)
+        name = {"adam": "AdamW", "lion": "Lion"}[k["kernel"]]
+        said = [name, f"`{param}`", f"`{states[0]}`", k["arithmetic"], f"{sum(k['model']):.2f}"]
+        said += [
+            f"{k['executed']:.1f}",
+            str(k["registers"]),
+            str(k["spilled"]),
+            f"{k['share']:.0%}",
+            k["bound"],
+        ]
+        assert row == said
+    spilling = [
+        (k["kernel"], k["storage"], k["arithmetic"], k["spilled"]) for k in data["kernels"] if k["spilled"]
+    ]
+    assert spilling == [("adam", "bf16_split8/int8/int8_unsigned/bf16", "exact", 16)]
+
+
 def test_trainings() -> None:
     text = " ".join(TEXT.split())
     figures = re.findall(r"([\d.]+) bytes(?: per parameter)?, (?:ends )?at ([\d.]+)", text)
@@ -132,8 +189,13 @@ def test_trainings() -> None:
         _says(loss, summary["validation_loss"])
     values = (clipped["validation_loss"], clipped["mean_spectral_norm"], found[1]["mean_spectral_norm"])
     assert norms is not None
-    for text, value in zip(norms.groups(), values, strict=True):
-        _says(text, value)
+    for said, value in zip(norms.groups(), values, strict=True):
+        _says(said, value)
+    crossing = re.search(r"it is below that between steps (\d+) and (\d+)\.", text)
+    assert crossing is not None
+    curve = dict(_result("pretrain_muon.json")["runs"]["fused_optim"]["validation"])
+    before, after = (curve[int(step)] for step in crossing.groups())
+    assert after < found[1]["validation_loss"] < before
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
@@ -202,14 +264,30 @@ def test_table_of_what_recipes_learn() -> None:
         assert line in TEXT.splitlines()
 
 
+def test_differences_between_recipes_over_six_seeds() -> None:
+    losses: dict[str, dict[int, float]] = {}
+    for file in ("sparse_learning", "sparse_learning_cast", "sparse_learning_seeds"):
+        for row in _result(f"{file}.json")["rows"]:
+            losses.setdefault(row["case"], {})[row["seed"]] = row["validation_loss"]
+    for name, case in (("sr-ste", "sr-ste"), ("mask-decay", "mask-decay"), ("cast", "cast:dense-steps=700")):
+        apart = [losses[case][seed] - losses["one-shot"][seed] for seed in range(6)]
+        text = f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / 6**0.5:.3f} for `{name}`"
+        assert text in " ".join(TEXT.split()), text
+
+
+def test_papers_are_cited() -> None:
+    papers = TEXT[TEXT.index("## Papers") :]
+    cited = (ROOT / "CITATION.cff").read_text()
+    assert set(re.findall(r"abs/([\d.]+)\)", papers)) == set(re.findall(r"arxiv.org/abs/([\d.]+)", cited))
+
+
 def test_commands_of_the_results_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for _, cell in _rows("result file"):
         words = cell.split("`")[1].removeprefix("OMP_NUM_THREADS=1 ").split()
         if words[2:4] == ["bench", "sparse_learning"]:
             pretrain.parse(sparse_learning._parser().parse_known_args(words[4:])[1])
         elif words[2] == "bench":
-            {"masks": masks, "step": step, "newton_schulz": newton_schulz}[words[3]]._parser().parse_args(
-                words[4:]
-            )
+            benches = {"masks": masks, "step": step, "newton_schulz": newton_schulz, "static": static}
+            benches[words[3]]._parser().parse_args(words[4:])
         else:
             pretrain.parse(words[4:])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.static import Report, _parser
+from bench.static_masks import SEARCHES
 from fused_optim.kernels.codecs import CODECS, OF_DTYPE
 from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec
@@ -23,8 +26,14 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return compiled(tmp_path_factory.mktemp("static"), "static")
+
+
+@pytest.fixture(scope="module")
+def kernels(everything: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of a step and of its norm."""
+    return [kernel for kernel in everything if kernel["kernel"] not in SEARCHES]
 
 
 def _named(kernel: dict[str, Any]) -> str:
@@ -78,6 +87,34 @@ def test_nothing_spills(kernels: list[dict[str, Any]]) -> None:
         assert kernel["shared"] == 0 or kernel["kernel"] == "square_sum" or shares, _named(kernel)
         # With 168 there are three programs a multiprocessor.
         assert kernel["registers"] <= (128 if kernel["group"] is None else 168), _named(kernel)
+
+
+def test_searches_for_masks_read_once(everything: list[dict[str, Any]]) -> None:
+    searches = [kernel for kernel in everything if kernel["kernel"] in SEARCHES]
+    assert {kernel["kernel"] for kernel in searches} == {*SEARCHES}
+    for kernel in searches:
+        assert [kernel["read"], kernel["written"]] == kernel["model"] == [4, 1 / 8], _named(kernel)
+        assert kernel["spilled"] == kernel["shared"] == 0 and 16 in kernel["access"], _named(kernel)
+        # All sums of 90 ways; a few comparisons.
+        assert kernel["executed"] <= (70 if kernel["group"] is None else 16), _named(kernel)
+
+
+def test_a_kernel_that_spills_or_moves_more_is_at_fault() -> None:
+    zeros = dict.fromkeys((field.name for field in fields(Report)), 0)
+    good = Report(
+        **{**zeros, "read": 4.0, "written": 2.0, "model": (4.0, 2.0), "executed": 41, "budget": 41.4}
+    )
+    assert good.fault is None and good.bound == "memory"
+    assert replace(good, executed=42).bound == "instructions"
+    assert replace(good, spilled=8).fault == "spills 8 bytes"
+    assert replace(good, written=2.25).fault == "moves 4 + 2.25 bytes, not 4 + 2"
+
+
+def test_storages_are_chosen_by_name() -> None:
+    chosen = _parser().parse_args(["--storages", "bf16_split8/int4", "fp32/bf16/bf16"]).storages
+    assert chosen == [("bf16_split8", "int4", "bf16"), ("fp32", "bf16", "bf16")]
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["--storages", "int8/fp32"])
 
 
 def test_exact_kernels_round_every_operation(kernels: list[dict[str, Any]]) -> None:

@@ -265,7 +265,8 @@ void update(const Step& step, int64_t tensor, int64_t begin, int64_t end) {
   if (row[ACTIVE] == 0) return;
   // What a tensor some places further on starts with: small ones are more places than elements.
   if (int64_t next = tensor + 8; next < step.table.n) {
-    for (int column = HEADER; column < HEADER + 2 + Rule::slots; ++column) {
+    // Every codec has at least one plane.
+    for (int column = HEADER; column < HEADER + step.work.n_codecs; ++column) {
       __builtin_prefetch(step.table.plane(column, next), 1);
     }
   }

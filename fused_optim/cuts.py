@@ -106,14 +106,16 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
     """Refuses parameters that hold no matrices.
 
     Raises:
-        ValueError: complex, float64 or sharded parameters, convolutions whose outputs are not outermost in
-            memory, rows that do not add up.
+        ValueError: complex or float64 parameters, shards of shards, convolutions whose outputs are not
+            outermost in memory, rows that do not add up.
     """
     if is_dtensor(param):
-        raise ValueError(
-            f"{name} is a DTensor: its matrices are not whole on this rank; leave it out of the spectral "
-            "option, or train it without sharding"
-        )
+        placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
+        if not all(each.is_replicate() or type(each).__name__ == "Shard" for each in placements):
+            raise ValueError(
+                f"{name} is a DTensor with placements {list(placements)}; matrices are put together "
+                "from Shard and Replicate: leave it out of the spectral option, or shard it in one way only"
+            )
     if param.is_complex() or param.dtype.itemsize == 8:
         raise ValueError(
             f"{name} has dtype {param.dtype}; whole matrices are computed in float32 and below: convert it, "

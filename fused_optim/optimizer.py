@@ -112,7 +112,7 @@ class FusedOptimizer(Optimizer, ABC):
             for position, param in enumerate(self.param_groups[index]["params"]):
                 storage.check_parameter(self._name(index, position), param)
                 self._key(index, position, param)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:
             self.param_groups.pop()
             raise
         self._plan = None
@@ -353,7 +353,8 @@ class FusedOptimizer(Optimizer, ABC):
         grad_codec = storage.check_gradient(name, param, grad)
         key = self._key(group, position, param)
         storage.check_state(name, self.state.get(param, {}), param, key.rule, key.param, key.states)
-        return key._replace(grad=grad_codec, spread=storage.spread(param) if self._needs_norm() else None)
+        shared = key.cut is not None or self._needs_norm()
+        return key._replace(grad=grad_codec, spread=storage.spread(param) if shared else None)
 
     def _update(self, buckets: list[Bucket]) -> None:
         """Prepares all rows, then launches: an error in a row leaves every tensor as it was."""
@@ -373,8 +374,7 @@ class FusedOptimizer(Optimizer, ABC):
         for bucket in updated:
             bucket.commit()
         for bucket in updated:
-            if bucket.launched:
-                bucket.run()
+            bucket.run()
             # Kernels write behind autograd's back; a graph that saved a parameter must notice.
             increment_version(bucket.owners)
 

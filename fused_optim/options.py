@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +90,8 @@ def _number(name: str, value: Any, low: float = -sys.float_info.max) -> None:
 
 
 def _one_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
+    # Numpy's numbers are Real as well.
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")

@@ -14,7 +14,7 @@ from .cuts import ApplyTo, applies, check_apply_to, is_hidden_matrix
 from .kernels.finders import Blocks, Finder, Groups
 from .kernels.layout import walked
 from .kernels.masking import GROUPS
-from .storage import is_dtensor, local_view
+from .storage import is_dtensor, local_view, widths
 
 LARGEST_GROUP = 32
 
@@ -154,10 +154,11 @@ class Sparsity(ABC):
         if not all(-param.ndim <= dim < param.ndim for dim in dims):
             return f"it has no dimension {self.dim}"
         for dim in dims:
-            width = local_view(param).shape[dim]
-            if width % self.largest_group or not width:
-                part = " of this rank" if is_dtensor(param) else ""
-                return f"dimension {dim}{part} has {width} weights, no multiple of {self.largest_group}"
+            # Of all ranks: they must not differ in which parameters have masks.
+            for width in sorted(widths(param, dim)):
+                if width % self.largest_group or not param.shape[dim]:
+                    part = " of a shard" if is_dtensor(param) else ""
+                    return f"dimension {dim}{part} has {width} weights, no multiple of {self.largest_group}"
         return None
 
     def _dims(self, param: Tensor) -> Sequence[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, for_slot
@@ -32,6 +33,20 @@ def spread(param: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
     dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
     return (param.device_mesh, dims) if dims else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def widths(param: Tensor, dim: int) -> set[int]:
+    """How large a dimension is: of a DTensor on each rank."""
+    dim %= param.ndim
+    sizes = {param.shape[dim]}
+    placements: Any = param.placements if is_dtensor(param) else ()  # pyright: ignore[reportAttributeAccessIssue]
+    for axis, placement in enumerate(placements):
+        if not placement.is_replicate() and placement.dim == dim:
+            ranks = param.device_mesh.size(axis)  # pyright: ignore[reportAttributeAccessIssue]
+            parts = {size: -(-size // ranks) for size in sizes}
+            sizes = {min(part, size - i * part) for size, part in parts.items() for i in range(ranks)}
+            sizes = {max(size, 0) for size in sizes}
+    return sizes
 
 
 def sum_of_ranks(value: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
@@ -74,8 +89,13 @@ def check_parameter(name: str, param: Tensor) -> None:
 
     Raises:
         TypeError: an integer or float8 dtype, a tensor without memory, an unknown tensor subclass.
-        ValueError: a view that conjugates or negates its memory lazily.
+        ValueError: a view that conjugates or negates its memory lazily, a parameter without a shape yet.
     """
+    if is_lazy(param):
+        raise ValueError(
+            f"{name} belongs to a lazy module that has seen no input yet; run the model once, then make the "
+            "optimizer"
+        )
     if codec_of(param) is None:
         raise TypeError(
             f"{name} has dtype {param.dtype}; allowed: float32, bfloat16, float16, float64, complex64, "
@@ -254,7 +274,7 @@ def complete_state(
     started = any(isinstance(state.get(slot.name), Tensor) for slot in rule.slots)
     step = state.get("step", 1.0 if started else 0.0)
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.ndim:
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     own = [slot.name for slot in rule.slots if slot.codec is not None]
     for key, plane in planes_of(param_codec, rule, codecs).items():
         if state.get(key) is None and key.partition(".")[0] not in own:
@@ -286,6 +306,11 @@ def check_state(
         value = state.get(key)
         if value is None:
             continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"state {key!r} of {name} is {value!r}, where a tensor of shape {shape} belongs; "
+                "write into the tensor that is there, or load a checkpoint with load_state_dict"
+            )
         if value.dtype != expected or value.device != param.device or tuple(value.shape) != shape:
             raise ValueError(
                 f"state {key!r} of {name} is {tuple(value.shape)} {value.dtype} on {value.device}; "

@@ -36,7 +36,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _share_elements(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors whose spans overlap have a byte in common, by marking the bytes of one."""
     start = min(_span(a)[0], _span(b)[0])
-    marks = torch.zeros(max(_span(a)[1], _span(b)[1]) - start, dtype=torch.bool)
+    marks = torch.zeros(max(_span(a)[1], _span(b)[1]) - start, dtype=torch.bool, device="cpu")
 
     def bytes_of(tensor: Tensor) -> Tensor:
         width = tensor.element_size()

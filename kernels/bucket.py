@@ -46,21 +46,23 @@ class Member:
         param = self.local(self.param)
         self.numel, self.layout = param.numel(), layout_of(param, self.local(self.param.grad))
 
-    def operands(self) -> Operands:
+    def operands(self, names: Sequence[Sequence[str]]) -> Operands:
         """The planes of the parameter, the parameter itself being the first, and those of each slot."""
-        param, *states = ([self.local(self.state[name]) for name in names] for names in self._names())
+        param, *states = ([self.local(self.state[name]) for name in some] for some in names)
         return Operands([self.local(self.param), *param], states, self.layout, self.ordinal)
 
-    def _names(self) -> list[list[str]]:
-        owners = ["param", *(slot.name for slot in self.key.rule.slots)]
-        codecs = [self.key.param.planes[1:], *(codec.planes for codec in self.key.states)]
-        return [
-            [owner + plane.suffix for plane in planes] for owner, planes in zip(owners, codecs, strict=True)
-        ]
 
-    def plane_names(self) -> tuple[str, ...]:
-        """Keys of the state under which the planes are."""
-        return tuple(chain.from_iterable(self._names()))
+def operands_of(members: Sequence[Member]) -> list[Operands]:
+    """The planes of all members, which share a key."""
+    names = plane_names(members[0].key)
+    return [member.operands(names) for member in members]
+
+
+def plane_names(key: Key) -> list[list[str]]:
+    """Keys of the state under which the planes beside the parameter itself are, and those of each slot."""
+    owners = ["param", *(slot.name for slot in key.rule.slots)]
+    codecs = [key.param.planes[1:], *(codec.planes for codec in key.states)]
+    return [[owner + plane.suffix for plane in planes] for owner, planes in zip(owners, codecs, strict=True)]
 
 
 def _adopt_steps(members: Sequence[Member], device: torch.device) -> Tensor:
@@ -84,7 +86,7 @@ class Bucket(Launch):
         further: Sequence[Launch] = (),
     ) -> None:
         """``operands`` and ``further`` launches of the same parameters where a step is not one launch."""
-        own = [m.operands() for m in members]
+        own = operands_of(members)
         super().__init__(key, operands or own, strided)
         self.members, self._further, self.spread = members, further, key.spread
         self._local = members[0].local
@@ -97,8 +99,8 @@ class Bucket(Launch):
         self.steps = _adopt_steps(members, key.device if self.steps_on_device else torch.device("cpu"))
         self._host_steps = None if self.steps_on_device else self.steps.numpy()
         self._remember()
+        self._assign_rows()
         if self.launched:
-            self._assign_rows()
             for launch in self.launches():
                 launch.allocate(self.row_indices, self.row_count)
 
@@ -112,7 +114,12 @@ class Bucket(Launch):
 
     def run(self) -> None:
         """Updates the parameters and states."""
-        self.driver.step(self)
+        self.step(self)
+
+    def step(self, launch: Launch) -> None:
+        """One launch of the step, unless this rank has no element of it."""
+        if self.launched:
+            self.driver.step(launch)
 
     def _remember(self) -> None:
         """Keeps what ``collect`` compares a later step with."""
@@ -124,8 +131,8 @@ class Bucket(Launch):
         # Code that exchanges memory under a state (``state.data = other``) does so for all of them, to move
         # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. Should one
         # alone be exchanged, ``state_planes`` keep its old memory alive, and the step goes on there.
-        ends, names = (self.members[0], self.members[-1]), self.members[0].plane_names()
-        self._state_samples = [member.state[name] for member in ends for name in names]
+        ends, names = (self.members[0], self.members[-1]), plane_names(self.members[0].key)
+        self._state_samples = [member.state[name] for member in ends for name in chain(*names)]
         self._sampled_addresses = self._sample_states()
 
     def _sample_states(self) -> list[int]:
@@ -165,7 +172,7 @@ class Bucket(Launch):
     def _counts_as_expected(self) -> bool:
         """Whether nobody else has set a step count; only the host's decide about rows."""
         steps = self._host_steps
-        return steps is None or not self.launched or steps.tobytes() == self._expected_steps
+        return steps is None or steps.tobytes() == self._expected_steps
 
     def written(self) -> Iterator[Written]:
         """Every tensor that a step of this bucket changes."""
@@ -212,9 +219,7 @@ class Bucket(Launch):
             self.steps.add_(1.0 if active is None or active is True else active)
         else:
             self._host_steps += 1.0
-        if not self.launched:
-            return
-        for index, launch in enumerate(self.launches()):
+        for index, launch in enumerate(self.launches() if self.launched else ()):
             launch.staging.send(with_rows=not self.steps_on_device)
             for part, values, seed in self._prepared:
                 row_tools.write(launch.rows[part], values[index], active)
@@ -226,7 +231,7 @@ class Bucket(Launch):
         self._expected_steps = self._host_steps.tobytes()
         self.cohorts = [(group, step + 1.0) for group, step in self.cohorts]
         for row, (group, _) in enumerate(self.cohorts):
-            if isinstance(self._control.g_scales[group], Tensor):
+            if self.launched and isinstance(self._control.g_scales[group], Tensor):
                 self.rows[row, 1].mul_(self._control.g_scales[group])
 
     def _group_parts(self) -> Iterator[tuple[int, slice]]:

@@ -39,7 +39,7 @@ def of_blocks(w: Tensor) -> Tensor | None:
 @cache
 def _bytes_of(device: torch.device) -> Tensor:
     """Of every byte its eight bits as bytes, the lowest first: 256 integers."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu") & 1
     return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import Bucket, Member
+from .bucket import Bucket, Member, operands_of
 from .control import Control
 from .finders import Finder
 from .launch import Key, Operands
@@ -112,7 +112,7 @@ class MaskedBucket(Bucket):
     def __init__(self, key: Key, members: list[Member], strided: bool, steps_on_device: bool) -> None:
         super().__init__(key, members, strided, steps_on_device)
         assert key.finder is not None
-        weights = [MaskedWeights(key, member.operands()) for member in members]
+        weights = [MaskedWeights(key, operands) for operands in operands_of(members)]
         self._late = LateMasks(weights, key.finder)
 
     def rows_of(self, hyper: Hyper, step: Any, g_scale: Any) -> list[tuple[Any, ...]]:

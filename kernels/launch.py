@@ -102,17 +102,18 @@ class Launch:
         columns = HEADER + len(addresses[0]) + 1
         row_dtype = torch.float64 if self.param.compute == "float64" else torch.float32
         row_words = -(-row_count * self.rule.row_length * row_dtype.itemsize // 8)
-        memory = torch.zeros(columns * n + row_words, dtype=torch.int64)
+        # On the host, whatever torch.set_default_device says.
+        memory = torch.zeros(columns * n + row_words, dtype=torch.int64, device="cpu")
         table = memory[: columns * n].view(columns, n)
-        table[NUMEL] = torch.tensor(self.numels)
-        table[ROW] = torch.tensor(row_indices)
-        table[ORDINAL] = torch.tensor(self.ordinals)
-        table[HEADER:-1] = torch.tensor(addresses, dtype=torch.int64).T
-        self._fixed_aligned = np.bitwise_or.reduce(table[HEADER:-1].numpy(), axis=0) % 16 == 0
+        words = table.numpy()
+        words[NUMEL], words[ROW], words[ORDINAL] = self.numels, row_indices, self.ordinals
+        words[HEADER:-1] = np.array(addresses, np.int64).T
+        self._fixed_aligned = np.bitwise_or.reduce(words[HEADER:-1], axis=0) % 16 == 0
         self._low_bits = b""
         if self.strided:
-            table[LAYOUT] = torch.arange(n)
-            records = torch.tensor([layout.record() for layout in self._layouts], dtype=torch.int64)
+            words[LAYOUT] = np.arange(n)
+            records = [layout.record() for layout in self._layouts]
+            records = torch.tensor(records, dtype=torch.int64, device="cpu")
             assert records.shape == (n, LAYOUT_LENGTH)
             self.layouts = records.to(self.device)
         self.staging = Staging(memory, columns, n, self.device)
@@ -142,10 +143,10 @@ class Launch:
     def tiles(self, size: int) -> Tensor:
         """``[n_tiles, 2]`` int32: (tensor, tile within it) for tiles of ``size`` elements."""
         if ("tiles", size) not in self.cache:
-            counts = torch.tensor([-(-numel // size) for numel in self.numels])
-            tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            counts = torch.tensor([-(-numel // size) for numel in self.numels], device="cpu")
+            tensor = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
             first = torch.cumsum(counts, 0) - counts
-            tile = torch.arange(len(tensor)) - first[tensor]
+            tile = torch.arange(len(tensor), device="cpu") - first[tensor]
             pairs = torch.stack([tensor, tile], 1).to(torch.int32)
             self.cache["tiles", size] = pairs.to(self.device)
         return self.cache["tiles", size]

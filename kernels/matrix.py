@@ -8,6 +8,7 @@ is the update itself.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from . import rows as row_tools
-from .bucket import Bucket, Member
+from .bucket import Bucket, Member, operands_of
 from .codecs import BLANK, CODECS
 from .control import Control
+from .exchange import Exchange
 from .late_masks import LateMasks, MaskedWeights
 from .launch import Key, Launch, Operands, addresses_of
 from .layout import layout_of, walked
@@ -108,7 +110,7 @@ class MatrixBucket(Bucket):
         assert key.cut is not None
         self.cut, self.whole_rule = key.cut, key.rule.inner or key.rule
         self._adjusts = key.adjusts_gradients
-        own = [member.operands() for member in members]
+        own = operands_of(members)
         params = [operands.param[0] for operands in own]
         self._batch, updates = _workspace(memory, params)
         grads = [member.local(member.param.grad) for member in members if member.param.grad is not None]
@@ -128,8 +130,9 @@ class MatrixBucket(Bucket):
         further.append(_launch(_moving(whole), moved, updates))
         strided = any(not operands.layout.flat for operands in in_place_of_params)
         super().__init__(first, members, strided, steps_on_device, in_place_of_params, further)
-        for launch in further:
+        for launch in further if self.launched else ():
             launch.set_gradients(updates, addresses_of(updates))
+        self._exchange = None if key.spread is None else Exchange(members[0].param, len(members))
         self._shared = [_adopt(members, name) for name, _ in self.whole_rule.shared]
         self._masked = [MaskedWeights(whole, operands) for operands in own if whole.rule.inner is not None]
         self._late = None if whole.finder is None else LateMasks(self._masked, whole.finder)
@@ -198,23 +201,23 @@ class MatrixBucket(Bucket):
 
     def run(self) -> None:
         """Moments, matrices, parameters."""
-        self.driver.step(self)
+        self.step(self)
         *moments, add = self._further
         l2, pruned_grad, pruned_decay, *scalars = self._scalars
         if moments:
             if self.cut.reads_gradients():
                 self._transform(lambda g, each, *_: self.cut.gradient(g, each), scalars)
-            if self._adjusts:
+            if self._adjusts and self.launched:
                 self._adjust_gradients(l2, pruned_grad, pruned_decay)
-            self.driver.step(moments[0])
+            self.step(moments[0])
         params = self._values() if self.cut.reads_params() else None
         active = self._control.active
         before = [shared.clone() for shared in self._shared] if isinstance(active, Tensor) else []
         self._transform(self.cut.update, scalars, params)
         for shared, old in zip(self._shared, before, strict=False):
             shared.copy_(torch.where(active, shared, old))
-        self.driver.step(add)
-        if self._late is not None:
+        self.step(add)
+        if self._late is not None and self.launched:
             self._late.renew(self, active)
 
     def _values(self) -> Tensor:
@@ -243,7 +246,27 @@ class MatrixBucket(Bucket):
         self, function: Callable[..., Tensor], scalars: Sequence[Any], params: Tensor | None = None
     ) -> None:
         """Calls ``function`` with all matrices of one shape and puts its result in their place."""
-        batches = [self._batch, *self._shared, *([] if params is None else [params])]
+        batch, shared, ranks = self._batch, self._shared, self._exchange
+        if ranks is not None:
+            batch, shared = ranks.whole(batch), list(map(ranks.own, shared))
+            scalars = [ranks.own(s) if isinstance(s, Tensor) and s.ndim else s for s in scalars]
+            params = None if params is None else ranks.whole(params)
+        if len(batch):
+            self._transform_whole(function, scalars, batch, shared, params)
+        if ranks is not None:
+            self._batch.copy_(ranks.parts(batch))
+            for state, own in zip(self._shared, shared, strict=True):
+                state.copy_(ranks.all(own))
+
+    def _transform_whole(
+        self,
+        function: Callable[..., Tensor],
+        scalars: Sequence[Any],
+        batch: Tensor,
+        shared: Sequence[Tensor],
+        params: Tensor | None,
+    ) -> None:
+        batches = [batch, *shared, *([] if params is None else [params])]
         for view, *others in zip(*map(self.cut.matrices, batches), strict=True):
             batch, *others = (tensor.flatten(0, -3) for tensor in (view, *others))
             repeats = len(batch) // len(view)
@@ -289,9 +312,13 @@ def chunks(members: Sequence[Member]) -> Iterator[list[Member]]:
     alike: dict[Any, list[Member]] = {}
     for member in members:
         param = member.local(member.param)
-        alike.setdefault((tuple(param.shape), dense_strides(param)), []).append(member)
+        # Ranks must agree: two shapes may have equal shards on one of them only.
+        whole = tuple(member.param.shape), tuple(getattr(member.param, "placements", ()))
+        alike.setdefault((whole, tuple(param.shape), dense_strides(param)), []).append(member)
     for group in alike.values():
-        cut = group[0].key.cut
+        cut, spread = group[0].key.cut, group[0].key.spread
         assert cut is not None
-        size = max(1, cut.workspace_bytes // (group[0].numel * cut.bytes_per_element))
+        ranks = 1 if spread is None else math.prod(map(spread[0].size, spread[1]))
+        numel = -(-group[0].param.numel() // ranks)
+        size = max(1, cut.workspace_bytes // (numel * cut.bytes_per_element))
         yield from (group[start : start + size] for start in range(0, len(group), size))

@@ -19,9 +19,10 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
     """
     sorted_members: dict[Any, list[Member]] = {}
     for member in members:
-        launched = member.numel > 0
-        cut = launched and member.key.cut is not None
-        key = (member.key, launched, launched and not cut and not member.layout.flat, cut)
+        # Of matrices a rank may hold nothing and yet work on some of them.
+        cut = member.param.numel() > 0 and member.key.cut is not None
+        launched = member.numel > 0 and not cut
+        key = (member.key, launched, launched and not member.layout.flat, cut)
         sorted_members.setdefault(key, []).append(member)
     whole = {key: part for key, part in sorted_members.items() if not key[3]}
     buckets = [
@@ -31,6 +32,8 @@ def build(members: Sequence[Member], steps_on_device: bool) -> list[Bucket]:
         for (key, launched, strided, _), part in whole.items()
     ]
     cut = [part for key, some in sorted_members.items() if key[3] for part in chunks(some)]
+    # Ranks exchange matrices in the order of the parameters, whatever their own parts of these are like.
+    cut.sort(key=lambda part: part[0].ordinal)
     return [*buckets, *_cut_buckets(cut, steps_on_device)]
 
 

@@ -20,8 +20,8 @@ def _resolve(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Tensor):
         # A tensor on the CPU is read at once and becomes a constant of a captured graph, as in torch.optim.
         if device is None or value.device.type == "cpu":
-            return float(value)
-        return value.to(device, torch.float64).reshape(())
+            return float(value.detach())
+        return value.detach().to(device, torch.float64).reshape(())
     if isinstance(value, tuple | list):
         return tuple(_resolve(item, device) for item in value)
     return value
@@ -49,7 +49,8 @@ def row(rule: Rule, hyper: Hyper, step: Any, g_scale: Any) -> tuple[Any, ...]:
 def host_row(values: tuple[float, ...]) -> tuple[float, ...]:
     """A whole row of floats."""
     g_scale, *scalars = values
-    return 1.0, g_scale, 0.0, 0.0, *scalars
+    # Numpy would make NaN of None.
+    return 1.0, float(g_scale), 0.0, 0.0, *map(float, scalars)
 
 
 def write(rows: Tensor, values: tuple[Any, ...], active: Any) -> None:

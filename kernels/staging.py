@@ -38,7 +38,7 @@ class Staging:
         self._sent[start:stop] = self._words[start:stop]
         target = self.device_memory[start:stop]
         if capturing:
-            buffer = torch.empty(stop - start, dtype=torch.int64, pin_memory=True)
+            buffer = torch.empty(stop - start, dtype=torch.int64, pin_memory=True, device="cpu")
             self._captured.append(buffer)
             target.copy_(buffer.copy_(self._host[start:stop]), non_blocking=True)
         elif self.device_memory.is_cuda:
@@ -49,7 +49,7 @@ class Staging:
     def _copy_pinned(self, target: Tensor, words: Tensor) -> None:
         """Copies through one of two pinned buffers, waiting only for a copy that is two steps old."""
         if len(self._buffers) < 2:
-            pinned = torch.empty(len(self._words), dtype=torch.int64, pin_memory=True)
+            pinned = torch.empty(len(self._words), dtype=torch.int64, pin_memory=True, device="cpu")
             buffer, event = pinned, torch.cuda.Event()
         else:
             buffer, event = self._buffers.pop(0)

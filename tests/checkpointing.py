@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
@@ -85,3 +88,72 @@ def groups(**options: Any) -> FusedOptimizer:
     optimizer = fused_optim.AdamW(own, lr=0.01, **options)
     train(optimizer, own, range(3))
     return optimizer
+
+
+def through_helpers(model: torch.nn.Module, make: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """An optimizer, its copy by torch's distributed helpers, and the parameters of both."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    how = StateDictOptions(**options)
+    other = copy.deepcopy(model)
+    params, others = list(model.parameters()), list(other.parameters())
+    optimizer, loaded = make(params), make(others)
+    for param in params:
+        param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    with torch.no_grad():
+        for param, copied in zip(params, others, strict=True):
+            copied.copy_(param)
+    saved = get_optimizer_state_dict(model, optimizer, options=how)
+    set_optimizer_state_dict(other, loaded, saved, options=how)
+    return optimizer, params, loaded, others
+
+
+def shards_through_helpers(rank: int, port: int, cases: list[tuple[str, dict[str, Any]]]) -> None:
+    """What one of two processes does: FSDP2, in shards, whole and flat."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for dtype, options in cases:
+        for how in ({}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(65, 65).to(getattr(torch, dtype))
+            fully_shard(model)
+            _same_shards(model, options, how)
+    dist.destroy_process_group()
+
+
+def _same_shards(model: torch.nn.Module, options: dict[str, Any], how: dict[str, Any]) -> None:
+    """The same model takes the states back: FSDP's modules cannot be copied."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    params = list(model.parameters())
+    optimizer, loaded = (fused_optim.AdamW(params, **options) for _ in range(2))
+    for param in params:
+        param.grad = torch.full_like(param, 0.3)
+    optimizer.step()
+    for param in params:
+        # The helpers take the states of an optimizer that has gradients for complete.
+        param.grad = None
+    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(**how))
+    set_optimizer_state_dict(model, loaded, saved, options=StateDictOptions(**how))
+    for param in params:
+        entry, other = optimizer.state[param], loaded.state[param]
+        assert set(entry) == set(other), (options, how, set(entry) ^ set(other))
+        for key, value in entry.items():
+            assert_same_bits(_local(value), _local(other[key]), f"{key} {options} {how}")
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value  # pyright: ignore[reportAttributeAccessIssue]

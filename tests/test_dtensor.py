@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 import fused_optim
 from fused_optim.sparsity import SRSTE, FlipRate, MaskedDecay, OneShot
+from fused_optim.spectral import SpectralClip
 from tests.readme import code_of
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
@@ -94,7 +95,7 @@ def _check_masks(mesh: Any) -> None:
             _train(shard, [distribute_tensor(g, mesh, [placement]) for g in gradients], "masked")
             assert torch.equal(shard.detach().full_tensor(), whole.detach()), (recipe, placement)
     param = torch.nn.Parameter(distribute_tensor(torch.randn(8, 20), mesh, [Shard(1)]))
-    with pytest.raises(ValueError, match="dimension 1 of this rank has 10 weights"):
+    with pytest.raises(ValueError, match="dimension 1 of a shard has 10 weights"):
         fused_optim.AdamW([param], sparsity=SRSTE(strict=True))
 
 
@@ -163,6 +164,54 @@ def _check_norms(mesh: Any) -> None:
         assert skipped == 1, layout
         for tensor, other in zip(found, expected, strict=True):
             torch.testing.assert_close(tensor, other, rtol=1e-6, atol=1e-7)
+
+
+def _check_matrices(mesh: Any) -> None:
+    """Matrices are put together from all ranks' shards, each by one rank, and end as in one process."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(6)
+    # Three alike for two ranks; one that leaves the second rank nothing; experts, filters, three in one.
+    shapes = dict.fromkeys("abc", (5, 8)) | {"row": (1, 9), "experts": (3, 4, 6), "conv": (4, 3, 2, 2)}
+    shapes |= {"bias": (7,), "qkv": (12, 8)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    gradients = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
+    clip = SpectralClip(post=0.5, pre=1.0)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (fused_optim.Muon, {"others": "adamw", "split": {"qkv": 3}, "clip_grad_norm": 1.0}),
+        (fused_optim.NorMuon, {"others": "lion"}),
+        (fused_optim.AdamH, {}),
+        (fused_optim.Lion, {"spectral": clip, "state_codec": "bf16"}),
+        (fused_optim.AdamW, {"spectral": clip, "sparsity": SRSTE()}),
+    ]
+
+    def train(cls: Any, options: dict[str, Any], layout: Any) -> list[torch.Tensor]:
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            if layout is None:
+                return tensor.clone()
+            placements = [p if p.is_replicate() or p.dim < tensor.ndim else Shard(0) for p in layout[1]]
+            return distribute_tensor(tensor.clone(), layout[0], placements, src_data_rank=None)
+
+        params = {name: torch.nn.Parameter(place(weight)) for name, weight in weights.items()}
+        optimizer = cls(params.items(), lr=0.1, **options)
+        for step, some in enumerate(gradients):
+            for name, param in params.items():
+                param.grad = place(some[name])
+            optimizer.step()
+            if step == 1:
+                saved = optimizer.state_dict()
+                optimizer = cls(params.items(), lr=0.1, **options)
+                optimizer.load_state_dict(saved)
+        return [getattr(p.detach(), "full_tensor", p.detach)() for p in params.values()]
+
+    square = init_device_mesh("cpu", (1, 2))
+    layouts = [(mesh, [Shard(0)]), (mesh, [Shard(1)]), (mesh, [Replicate()])]
+    layouts += [(square, [Replicate(), Shard(0)]), (square, [Shard(0), Shard(1)])]
+    for cls, options in cases:
+        expected = train(cls, options, None)
+        for layout in layouts:
+            for found, whole in zip(train(cls, options, layout), expected, strict=True):
+                torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
 
 
 def _check_that_moved_shards_are_found(mesh: Any) -> None:
@@ -240,6 +289,7 @@ def _worker(rank: int, port: int) -> None:
     _check_masks(mesh)
     _check_flips(mesh)
     _check_norms(mesh)
+    _check_matrices(mesh)
     _check_that_moved_shards_are_found(mesh)
     _check_the_recipe()
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))

@@ -110,7 +110,7 @@ def step(bucket: Launch) -> None:
 def square_sum(bucket: Launch) -> Tensor:
     """Sum of the squares of all gradients in float64, the same for any number of threads."""
     cpu, table = _cpu(), bucket.table
-    total = torch.empty((), dtype=torch.float64)
+    total = torch.empty((), dtype=torch.float64, device="cpu")
     error = cpu.square_sum(
         cpu.library.codecs[bucket.grad.name],
         table.shape[0] - 1,
@@ -128,7 +128,7 @@ def square_sum(bucket: Launch) -> Tensor:
 def _packed_mask(function: Callable[..., int], x: Tensor, *arguments: int) -> Tensor:
     """The bits that a C function writes for a contiguous tensor."""
     assert x.is_contiguous()
-    bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
     codec = _cpu().library.codecs[OF_DTYPE[str(x.dtype).removeprefix("torch.")]]
     error = function(x.data_ptr(), codec, *arguments, bits.data_ptr(), torch.get_num_threads(), _cpu().isa)
     if error:

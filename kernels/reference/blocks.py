@@ -104,14 +104,14 @@ def _softsign_code(n: Tensor) -> Tensor:
 
 
 def _square_value(code: Tensor) -> Tensor:
-    return (code * code).float() * torch.tensor(1 / 65025, dtype=torch.float32)
+    return (code * code).float() * torch.tensor(1 / 65025, dtype=torch.float32, device="cpu")
 
 
 def _root_code(n: Tensor) -> Tensor:
     return _keep_positive(n, (255.0 * sqrt(n.clamp(min=0.0))).round().clamp(max=255).int())
 
 
-_ONE_448TH = torch.tensor(1 / 448, dtype=torch.float32)
+_ONE_448TH = torch.tensor(1 / 448, dtype=torch.float32, device="cpu")
 
 
 def _e4m3_value(code: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _e4m3_unsigned_code(n: Tensor) -> Tensor:
     return _keep_positive(n, _e4m3_code(n.clamp(min=0.0)))
 
 
-_FOUR_BITS = torch.tensor(SIGNED_FOUR_BITS, dtype=torch.float32)
+_FOUR_BITS = torch.tensor(SIGNED_FOUR_BITS, dtype=torch.float32, device="cpu")
 _FOUR_BIT_MIDDLES = (_FOUR_BITS[1:] + _FOUR_BITS[:-1]) / 2
 
 

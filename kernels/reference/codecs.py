@@ -70,7 +70,7 @@ def _split(kept: int, low: torch.dtype) -> ReferenceCodec:
     return ReferenceCodec(decode, encode)
 
 
-_BITS = torch.arange(8, dtype=torch.uint8)
+_BITS = torch.arange(8, dtype=torch.uint8, device="cpu")
 
 
 def _mask_decode(planes: Planes) -> Tensor:

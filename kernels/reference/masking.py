@@ -35,7 +35,8 @@ def largest_of_groups(x: Tensor, group: int, kept: Tensor | int) -> Tensor:
 @cache
 def block_patterns() -> Tensor:
     """``[90, 8]``: the places that each of the 90 ways keeps of a block."""
-    return torch.tensor([[place for place in range(16) if way >> place & 1] for way in block_ways()])
+    places = [[place for place in range(16) if way >> place & 1] for way in block_ways()]
+    return torch.tensor(places, device="cpu")
 
 
 def best_of_blocks(w: Tensor) -> Tensor:

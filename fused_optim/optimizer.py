@@ -31,6 +31,7 @@ from .kernels.matrix import MatrixCut, couples_l2
 from .kernels.plan import build
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
+from .precision import marks_of
 
 Loss = TypeVar("Loss")
 
@@ -191,7 +192,8 @@ class FusedOptimizer(Optimizer, ABC):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_skipped": self._skipped}
+        marks = marks_of(param for _, _, param in self._parameters())
+        return {**super().__getstate__(), "_skipped": self._skipped, "_marks": marks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -42,6 +42,11 @@ class Marked:
         return Marked, (self._alive(),)
 
 
+def marks_of(params: Iterable[Tensor]) -> Marked:
+    """The marks of those that have one, for a copy of what holds them."""
+    return Marked(param for param in params if getattr(param, _MARK, False))
+
+
 def keep_fp32(module: nn.Module) -> nn.Module:
     """Marks all parameters of a module: their states stay in fp32 whatever codec of 8 or 4 bits is chosen.
 

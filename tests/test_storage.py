@@ -93,6 +93,11 @@ def test_marks_survive_copies(parts: tuple[int, int]) -> None:
     for again in (copy.deepcopy(second), pickle.loads(pickle.dumps(second)), copy.deepcopy(second)[:1]):
         for module in (again, copy.deepcopy(again)):
             assert _dtypes(_stepped(module.parameters(), state_codec="int8"))[0] == FULL
+    for alone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for param in alone.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        alone.step()
+        assert _dtypes(alone) == [FULL, NARROW]
 
 
 def test_marks_keep_no_parameter_alive() -> None:

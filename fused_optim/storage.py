@@ -209,8 +209,8 @@ def state_codecs(
         weights: the codec of weights, for rules that keep them as a state.
 
     Raises:
-        ValueError: a mapping names a state that the rule lacks, or a parameter is asked to keep its
-            states in a precision that it cannot.
+        ValueError: a mapping names a state that the rule lacks, a pattern meets a parameter without a
+            name, or a parameter is asked to keep its states in a precision that it cannot.
     """
     given: Any = group["state_codec"]
     wanted: dict[str, Any]
@@ -223,7 +223,16 @@ def state_codecs(
     else:
         wanted = dict.fromkeys(names, given)
     default = value_codec(param)
-    full = keeps_full_precision(own_name, param, group["keep_fp32"])
+    kept: Any = group["keep_fp32"]
+    patterns = [
+        item for item in (kept if isinstance(kept, list | tuple) else [kept]) if isinstance(item, str)
+    ]
+    if patterns and not own_name:
+        raise ValueError(
+            f"keep_fp32 has the name patterns {patterns}, but {name} came without a name; "
+            "give the optimizer model.named_parameters()"
+        )
+    full = keeps_full_precision(own_name, param, kept)
     chosen: list[Codec] = []
     for slot in rule.slots:
         if slot.codec is not None:

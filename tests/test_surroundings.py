@@ -87,3 +87,10 @@ def test_a_group_that_cannot_be_added_is_not() -> None:
     with pytest.raises(KeyError):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "keep_fp32": fails})
     assert len(optimizer.param_groups) == 1
+
+
+def test_patterns_need_names() -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64))
+    with pytest.raises(ValueError, match=r"keep_fp32 has the name patterns .*named_parameters"):
+        fused_optim.AdamW8bit([param], keep_fp32=(4096, "*embed*"))
+    fused_optim.AdamW8bit([("embed", param)], keep_fp32=(4096, "*embed*"))

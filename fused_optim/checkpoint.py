@@ -226,13 +226,18 @@ def _is_ours(group: Mapping[str, Any]) -> bool:
 
 def _has_planes(entry: Mapping[str, Any]) -> bool:
     """Whether an entry cannot be plain values: a state of several planes, or codes."""
-    tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor) and key != "step"}
-    return any("." in key or value.dtype in (torch.uint8, torch.int8) for key, value in tensors.items())
+    return any(
+        _are_codes(value) or ("." in key and isinstance(value, Tensor)) for key, value in entry.items()
+    )
+
+
+def _are_codes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.int8)
 
 
 def _order_without_ours(entry: Mapping[str, Any], param: Tensor) -> list[int]:
     """In which order a parameter's dimensions lay in memory, as its codes lie; as now, if none tells."""
-    codes = (v for v in entry.values() if isinstance(v, Tensor) and v.dtype in (torch.uint8, torch.int8))
+    codes = filter(_are_codes, entry.values())
     like = next((value for value in codes if value.shape == param.shape), param)
     return memory_order(like)
 

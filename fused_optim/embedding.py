@@ -33,11 +33,6 @@ class StableEmbedding(nn.Embedding):
         self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device, dtype=self.weight.dtype)
         keep_fp32(self)
 
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        # Copies of parameters lose the mark.
-        keep_fp32(self)
-
     def reset_parameters(self) -> None:
         """Xavier's uniform distribution; the padding row is zero."""
         nn.init.xavier_uniform_(self.weight)

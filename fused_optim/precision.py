@@ -79,8 +79,7 @@ def check_keep_fp32(value: Any) -> None:
     """
     if callable(value):
         return
-    items = value if isinstance(value, list | tuple) else (value,)
-    for item in items:
+    for item in _items(value):
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise TypeError(
                 "keep_fp32 must be a number of elements, a name pattern such as '*embed*', a sequence of "
@@ -96,5 +95,15 @@ def keeps_full_precision(name: str, param: Tensor, rule: Any) -> bool:
         return True
     if callable(rule):
         return bool(rule(name, param))
-    items = rule if isinstance(rule, list | tuple) else (rule,)
-    return any(param.numel() < item if isinstance(item, int) else fnmatchcase(name, item) for item in items)
+    return any(
+        param.numel() < item if isinstance(item, int) else fnmatchcase(name, item) for item in _items(rule)
+    )
+
+
+def patterns_of(rule: Any) -> list[str]:
+    """The name patterns of an option ``keep_fp32``, which need names."""
+    return [item for item in _items(rule) if isinstance(item, str)]
+
+
+def _items(rule: Any) -> Sequence[Any]:
+    return rule if isinstance(rule, list | tuple) else (rule,)

@@ -134,8 +134,8 @@ def _checked_value(name: str, entry: Mapping[str, Any], param: Tensor, key: str)
     return value
 
 
-def _checked_step(name: str, step: Any) -> Tensor:
-    """A step count as it is kept.
+def _checked_step(name: str, step: Any) -> Any:
+    """A copy of a step count; ``complete_state`` makes a tensor of a number.
 
     Raises:
         ValueError: it is no number.
@@ -146,9 +146,7 @@ def _checked_step(name: str, step: Any) -> Tensor:
             f"the step count of {name} is {step!r} in the state dict, a number from 0 on is expected: "
             "it is damaged"
         )
-    if not isinstance(step, Tensor):
-        return torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    return step.detach().float().reshape(()).clone()
+    return step.detach().float().reshape(()).clone() if isinstance(step, Tensor) else step
 
 
 _SHARED = ("radius", "row_second_moment")

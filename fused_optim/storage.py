@@ -15,7 +15,7 @@ from .kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, for_slot
 from .kernels.layout import follows
 from .kernels.masking import keeps_dense
 from .kernels.spec import Codec, Plane, Rule
-from .precision import keeps_full_precision
+from .precision import keeps_full_precision, patterns_of
 
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -44,8 +44,7 @@ def widths(param: Tensor, dim: int) -> set[int]:
         if not placement.is_replicate() and placement.dim == dim:
             ranks = param.device_mesh.size(axis)  # pyright: ignore[reportAttributeAccessIssue]
             parts = {size: -(-size // ranks) for size in sizes}
-            sizes = {min(part, size - i * part) for size, part in parts.items() for i in range(ranks)}
-            sizes = {max(size, 0) for size in sizes}
+            sizes = {max(0, min(part, size - i * part)) for size, part in parts.items() for i in range(ranks)}
     return sizes
 
 
@@ -223,16 +222,13 @@ def state_codecs(
     else:
         wanted = dict.fromkeys(names, given)
     default = value_codec(param)
-    kept: Any = group["keep_fp32"]
-    patterns = [
-        item for item in (kept if isinstance(kept, list | tuple) else [kept]) if isinstance(item, str)
-    ]
+    patterns = patterns_of(group["keep_fp32"])
     if patterns and not own_name:
         raise ValueError(
             f"keep_fp32 has the name patterns {patterns}, but {name} came without a name; "
             "give the optimizer model.named_parameters()"
         )
-    full = keeps_full_precision(own_name, param, kept)
+    full = keeps_full_precision(own_name, param, group["keep_fp32"])
     chosen: list[Codec] = []
     for slot in rule.slots:
         if slot.codec is not None:

@@ -129,8 +129,8 @@ class Bucket(Launch):
         # Where the gradients were when they were last seen to lie apart from what the step writes.
         self._harmless: bytes | None = None
         # Code that exchanges memory under a state (``state.data = other``) does so for all of them, to move
-        # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. Should one
-        # alone be exchanged, ``state_planes`` keep its old memory alive, and the step goes on there.
+        # an optimizer elsewhere, so two members tell: to ask all of 300 took 80 us in every step. An
+        # exchange of one in between goes unnoticed (README, limits).
         ends, names = (self.members[0], self.members[-1]), plane_names(self.members[0].key)
         self._state_samples = [member.state[name] for member in ends for name in chain(*names)]
         self._sampled_addresses = self._sample_states()

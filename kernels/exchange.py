@@ -19,11 +19,9 @@ class Exchange:
         from torch.distributed.tensor import Replicate, Shard
 
         self._mesh, self._count, self._shape = like.device_mesh, count, tuple(like.shape)
-        sharded = [placement.is_shard() for placement in like.placements]
-        dims = [placement.dim if placement.is_shard() else None for placement in like.placements]
-        self._parts = [Replicate() if dim is None else Shard(dim + 1) for dim in dims]
-        self._some = [Shard(0) if each else Replicate() for each in sharded]
-        self._all = [Replicate()] * len(sharded)
+        self._parts = [Shard(each.dim + 1) if each.is_shard() else each for each in like.placements]
+        self._some = [Shard(0) if each.is_shard() else each for each in like.placements]
+        self._all = [Replicate()] * len(like.placements)
 
     def whole(self, parts: Tensor) -> Tensor:
         """``[tensors, *shape of a shard]`` -> ``[this rank's tensors, *shape]``."""

@@ -78,7 +78,7 @@ def _bounds(c: float | Tensor, X: Tensor, norms: list[float], tight: float, loos
 
 
 def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, Tensor | None, bool]:
-    """Also the factors of its results where matrices were scaled; and whether X is tall."""
+    """Also what its results are multiplied with at the end, if anything; and whether X is tall."""
     Y, tall = wide(X)
     Y = Y.float() if Y.dtype is torch.float16 else Y
     norm, tight = frobenius(Y), _TIGHT[Y.dtype]
@@ -92,8 +92,10 @@ def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, Tensor | None, bool
     d = per_matrix(c, X) * scale
     d = torch.minimum(d, _LOOSE * size)
     least = torch.maximum(d, tight * size)
-    factor = torch.where(norm.isfinite(), least, torch.nan)
-    return Problem(U, least, factor), d / least / scale, tall
+    factor, rest = torch.where(norm.isfinite(), least, torch.nan), d / least / scale
+    if X.device.type != "cpu":
+        return Problem(U, least, factor * rest), None, tall
+    return Problem(U, least, factor), rest, tall
 
 
 def _times(H: Tensor, factor: Tensor | None) -> Tensor:
@@ -194,16 +196,14 @@ def soft_clip(X: Tensor, c: float | Tensor, tolerance: float | None = None, max_
     given, rest, tall = _problem(X, c)
     if on_cpu:
         return restore(_times(_on_cpu(given, tolerance), rest), X, tall)
-    U, d, factor = given
-    assert rest is not None
-    return restore(stacked.soft_clip(U, d, factor * rest, None, tolerance, max_ratio), X, tall)
+    return restore(stacked.soft_clip(*given, None, tolerance, max_ratio), X, tall)
 
 
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
-    (U, d, factor), rest, tall = _problem(X, c)
+    given, rest, tall = _problem(X, c)
     if X.device.type != "cpu":
-        assert rest is not None
-        return restore(stacked.hard_clip(U, d, factor * rest), X, tall)
+        return restore(stacked.hard_clip(*given), X, tall)
+    U, d, factor = given
     G = gram(U.double())
     values, vectors = torch.linalg.eigh(torch.where(factor.isfinite(), G, 0.0))
     kept = factor / torch.maximum(values.clamp(min=0).sqrt().unsqueeze(-2), d)

@@ -115,25 +115,48 @@ def instructions(sass: str) -> list[Instruction]:
     return found
 
 
-def executed_path(code: list[Instruction]) -> list[Instruction]:
+def executed_path(code: list[Instruction], first: int = 0, last: int | None = None) -> list[Instruction]:
     """The shortest of the paths that move most memory: a full tile without rare cases.
 
     Division and square root branch to a subroutine for denormals and overflow; the path goes past it.
+    ``first`` and ``last``: where it begins and, if not at the exit, ends.
     """
     index_of = {instruction.address: i for i, instruction in enumerate(code)}
-    end = len(code)
-    best: list[tuple[int, int] | None] = [None] * end + [(0, 0)]
-    following = [end] * end
-    for i in range(end - 1, -1, -1):
-        reachable = [(found, j) for j in code[i].successors(i, index_of) if (found := best[j]) is not None]
+    end = len(code) if last is None else last
+    best: dict[int, tuple[int, int]] = {end: (0, 0)}
+    following = dict[int, int]()
+    for i in range(end - 1, first - 1, -1):
+        reachable = [(best[j], j) for j in code[i].successors(i, index_of) if j in best]
         if reachable:
             (moved, minus_length), following[i] = max(reachable)
             best[i] = moved + code[i].bytes, minus_length - 1
-    path, i = [], 0
+    path, i = [], first
     while i < end:
         path.append(code[i])
         i = following[i]
     return path
+
+
+def main_loop(code: list[Instruction]) -> tuple[int, int]:
+    """Indices of the first and last instruction of the loop that moves most memory."""
+    index_of = {instruction.address: i for i, instruction in enumerate(code)}
+    targets = [re.search(r"0x([0-9a-f]+)", i.operands) if i.opcode.startswith("BRA") else None for i in code]
+    jumps = [(index_of.get(int(target[1], 16), i), i) for i, target in enumerate(targets) if target]
+    loops = [(target, i) for target, i in jumps if target < i]
+    return max(loops, key=lambda loop: sum(code[i].bytes for i in range(*loop)))
+
+
+def executed_per_tile(code: list[Instruction], tiles: int) -> float:
+    """Instructions of a program that works on so many tiles in its main loop, for each of them."""
+    first, last = main_loop(code)
+    body = len(executed_path(code, first, last)) + 1
+    # Past the loop the shortest way leads out, as nothing is left.
+    index_of = {instruction.address: i for i, instruction in enumerate(code)}
+    shortest = {len(code): 0}
+    for i in range(len(code) - 1, last, -1):
+        ways = [shortest[j] for j in code[i].successors(i, index_of) if j in shortest]
+        shortest |= {i: 1 + min(ways)} if ways else {}
+    return body + (len(executed_path(code, 0, first)) + shortest[last + 1]) / tiles
 
 
 def disassemble(cubin: bytes, cuobjdump: str) -> tuple[str, dict[str, int]]:

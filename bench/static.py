@@ -21,11 +21,35 @@ from fused_optim.kernels.codecs import CODECS, for_slot
 from fused_optim.kernels.masking import masked
 from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule, Slot, bytes_moved
-from fused_optim.kernels.triton.budget import LANE_INSTRUCTIONS_PER_BYTE, auto_exact, launch_shape
+from fused_optim.kernels.triton.budget import (
+    LANE_INSTRUCTIONS_PER_BYTE,
+    TILES_OF_A_PROGRAM,
+    auto_exact,
+    launch_shape,
+)
 
 from .compiled import CAPABILITIES, check_triton, command_line, run, write
-from .machine_code import Access, disassemble, executed_path, instructions, main_accesses
-from .static_cases import CODED, DENSE, FLOATS, IN_PLACE, MASKED, MIXED, PARAMS, PLAIN, STATES, STORAGES
+from .machine_code import (
+    Access,
+    disassemble,
+    executed_path,
+    executed_per_tile,
+    instructions,
+    main_accesses,
+)
+from .static_cases import (
+    CODED,
+    DENSE,
+    FLOATS,
+    IN_PLACE,
+    MASKED,
+    MIXED,
+    PARAMS,
+    PLAIN,
+    RECOMMENDED,
+    STATES,
+    STORAGES,
+)
 from .static_masks import SEARCHES, model, search, traffic
 
 _TYPES = {"tiles": "*i32", "table": "*i64", "rows": "*fp32", "layouts": "*i64", "partials": "*fp64"}
@@ -57,6 +81,8 @@ class Job(NamedTuple):
 @dataclass(frozen=True)
 class Report:
     """Counts for one kernel; per element on the path of a full tile, ``emitted`` over the whole kernel.
+
+    ``executed`` is that of a large launch, whose programs work on ``TILES_OF_A_PROGRAM`` tiles each.
 
     A scale is read by all threads of its block and written by one of them: ``scales`` counts instructions.
     ``gathered`` ones look up a table, which stays in the cache and is no traffic.
@@ -163,7 +189,7 @@ def quick_jobs() -> list[Job]:
     jobs = step_jobs(RULES, PLAIN[:3:2], (True, False), (90,))
     jobs += step_jobs(("adam", "lion"), PLAIN[1:2], (True,), CAPABILITIES)
     jobs += [Job("adam", ("bf16", "fp32", "fp32", "bf16"), True, True, 90)]
-    jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1]), (False,), (90,))
+    jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1], *RECOMMENDED[:2]), (False,), (90,))
     jobs += step_jobs(("adam",), CODED[1:2], (True,), (90,))
     jobs += step_jobs(("sgd_momentum",), CODED[4:-1], (False,), (90,))
     # The first half of a step that is cut by whole matrices; the second one is sgd's.
@@ -249,6 +275,8 @@ def report(job: Job) -> Report:
     sass, usage = disassemble(compiled.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     ptx, code = compiled.asm["ptx"], instructions(sass)
     accesses = main_accesses(ptx)
+    loops = job.rule in RULES.keys() | {CAST_ADAM.name} and not job.strided
+    executed = executed_per_tile(code, TILES_OF_A_PROGRAM) if loops else len(executed_path(code))
     if job.rule in SEARCHES:
         found = search(job.rule, job.codecs[0], job.group)
         elements, moved, auto = found.elements, model(job.codecs[0]), "exact"
@@ -282,7 +310,7 @@ def report(job: Job) -> Report:
         contracted=len(re.findall(r"\bfma\.rn\.f32", ptx)),
         approximate=len(re.findall(r"\b(?:(?:div|rcp|rsqrt)\.(?:approx|full)\.f32|sqrt\.approx)", ptx)),
         emitted=len(code) / elements,
-        executed=len(executed_path(code)) / elements,
+        executed=executed / elements,
         budget=LANE_INSTRUCTIONS_PER_BYTE * sum(moved),
         auto=auto,
     )

@@ -2,7 +2,8 @@
 
 A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value), ``middle`` (256
 floats: a magnitude above ``middle[i]`` belongs to index ``i + 1``), ``guess`` (bytes: from a magnitude's
-exponent and upper 7 mantissa bits to an index that is right or one too low).
+exponent and upper 7 mantissa bits to an index that is right or one too low), ``steps`` (64 Ki words: from
+the upper half of a number's bits to what makes the sum with all of them show its code).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ GUESS_BASE = (127 - 24) << 7
 """``bits >> 16`` of 2**-24, the least magnitude with a guess of its own."""
 
 GUESSES = 24 * 128 + 1
+
+STEPS = 5136
+"""Where ``steps`` begin, in bytes."""
 
 
 def _decades(signed: bool) -> list[Array]:
@@ -57,6 +61,36 @@ def magnitudes(signed: bool) -> Array:
     return values[values >= 0]
 
 
+def _steps(signed: bool) -> Array:
+    """For each upper half ``u`` of fp32 bits: ``steps[u] + bits`` has the sign on top, below it the code.
+
+    Among the numbers that share ``u`` the code changes once at most: a carry out of their lower halves makes
+    the step. Codes of negative numbers fall with the magnitude, so the signed map's are complemented (255 -
+    code). NaN and Inf, which come from blocks without a finite scale, have the code of 0.
+    """
+    upper = np.arange(2**16, dtype=np.uint32)
+    negative, magnitude = upper >> 15 == 1, upper & 0x7FFF
+    ends = np.stack([magnitude << 16, magnitude << 16 | 0xFFFF]).view(np.float32)
+    inner = middles(magnitudes(signed))
+    low, high = np.searchsorted(inner, ends, side="left").astype(np.uint32)
+    if signed:
+        # The map has no -1.
+        low, high = (np.where(negative, 128 + np.minimum(index, 127), 127 + index) for index in (low, high))
+        zero = np.where(negative, 128, 127)
+    else:
+        zero = np.zeros_like(upper)
+        # A second moment that is not zero never becomes zero.
+        low, high = np.maximum(low, magnitude > 0), np.maximum(high, 1)
+        low, high = (np.where(negative, zero, index) for index in (low, high))
+    low, high = (np.where(magnitude < 0x7F80, index, zero).astype(np.uint32) for index in (low, high))
+    assert (high - low <= 1).all()
+    # The last number with the lower code: for unsigned tiny ones that is zero itself.
+    found = inner[np.minimum(np.searchsorted(inner, ends[0], side="left"), len(inner) - 1)].view(np.uint32)
+    last = np.where(found >> 16 == magnitude, found & 0xFFFF, 0)
+    carry = np.where(high > low, 0xFFFF - last, 0).astype(np.uint32)
+    return (low << 16) + carry + (negative.astype(np.uint32) << 31) - (upper << 16)
+
+
 def _dynamic(signed: bool) -> Array:
     bounds = np.full(256, np.inf, np.float32)
     inner = middles(magnitudes(signed))
@@ -65,8 +99,8 @@ def _dynamic(signed: bool) -> Array:
     guess = np.searchsorted(inner, bits.view(np.float32), side="left").astype(np.uint8)
     guess[0] = 0
     parts = [dynamic_map(signed).view(np.uint8), bounds.view(np.uint8), guess]
-    blob = np.concatenate(parts)
-    return np.concatenate([blob, np.zeros(-len(blob) % 16, np.uint8)])
+    parts.append(np.zeros(STEPS - sum(map(len, parts)), np.uint8))
+    return np.concatenate([*parts, _steps(signed).view(np.uint8)])
 
 
 SIGNED_FOUR_BITS: tuple[float, ...] = (

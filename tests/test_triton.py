@@ -151,7 +151,7 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     k = [0.25, 0.5, 0.75, 1.0, 0.5, 0.125]
     bucket = SimpleNamespace(
         rule=rule, param=FP32, states=(FP32,), grad=FP32, strided=strided, exact=True, device=device,
-        cache={},
+        cache={}, numels=[count],
         table=table[:, None], rows=torch.tensor([[1.0, 1.0, 0.0, 0.0, *k]], device=device),
         layouts=torch.tensor([layout], device=device),
         tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
@@ -174,7 +174,7 @@ def test_random_bits_beyond_32_bit_counters(target: Target) -> None:
     rows.view(torch.int32)[0, 2:4] = torch.tensor([-5, 3])
     bucket = SimpleNamespace(
         rule=RULES["sgd"], param=codec, states=(), grad=FP32, strided=False, exact=True, device=device,
-        cache={}, rows=rows.to(device), layouts=None,
+        cache={}, numels=[37], rows=rows.to(device), layouts=None,
         table=torch.tensor([numel, 0, 1, 0, 7, *addresses], device=device)[:, None],
         tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
     )  # fmt: skip

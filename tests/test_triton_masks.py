@@ -57,7 +57,7 @@ def test_groups_follow_the_walk_through_strides(target: Target) -> None:
     layout = [2, *sizes, *(1,) * 6, 2100, 2, *(0,) * 6, 1, 5, *(0,) * 6]
     bucket = SimpleNamespace(
         rule=rule, param=CODECS["fp32"], states=(MASK,), grad=CODECS["fp32"], strided=True, exact=True,
-        device=device, cache={},
+        device=device, cache={}, numels=[5150],
         table=torch.tensor(
             [5150, 0, 1, 0, 0, p.data_ptr(), plane.data_ptr(), g.data_ptr()], device=device
         )[:, None],

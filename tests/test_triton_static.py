@@ -16,9 +16,12 @@ from fused_optim.kernels.spec import Codec
 from fused_optim.kernels.triton.budget import (
     CODEC_INSTRUCTIONS,
     EXACT_INSTRUCTIONS,
+    MANY_PROGRAMS,
     MASK_INSTRUCTIONS,
+    TILES_OF_A_PROGRAM,
     USABLE_SHARE,
     launch_shape,
+    span,
 )
 from tests.compiling import compiled, python
 
@@ -75,8 +78,8 @@ def test_scales_and_tables_are_read_once(kernels: list[dict[str, Any]]) -> None:
         blocks = sum(codec.block > 1 for codec in codecs)
         # At most once each way for the neighbours that a thread has.
         assert kernel["scales"] <= 2 * blocks / launch_shape(codecs).vector, _named(kernel)
-        # A value, a guess and the middle beside it.
-        assert kernel["gathered"] == 3 * sum(codec.lookup is not None for codec in codecs), _named(kernel)
+        # A value, and what tells the code.
+        assert kernel["gathered"] == 2 * sum(codec.lookup is not None for codec in codecs), _named(kernel)
 
 
 def test_nothing_spills(kernels: list[dict[str, Any]]) -> None:
@@ -142,9 +145,9 @@ def _share(kernel: dict[str, Any]) -> float:
     if not any(codec.block > 1 for codec in codecs):
         return USABLE_SHARE
     if "int4" in [codec.name for codec in codecs]:
-        # So few bytes that instructions set the time. Measured: 1.05 with fp32, 2.2 with random rounding.
-        return 1.1 if codecs[0].name == "fp32" else 2.2
-    return 0.8 if codecs[0].name == "fp32" else 1.1
+        # So few bytes that instructions set the time: 0.9 with fp32, 1.7 with random rounding.
+        return 0.95 if codecs[0].name == "fp32" else 1.8
+    return 0.65 if codecs[0].name == "fp32" else 0.8
 
 
 def test_instructions_leave_memory_the_bottleneck(kernels: list[dict[str, Any]]) -> None:
@@ -153,6 +156,12 @@ def test_instructions_leave_memory_the_bottleneck(kernels: list[dict[str, Any]])
             assert kernel["share"] <= USABLE_SHARE or not _is_plain(kernel), _named(kernel)
         if kernel["arithmetic"] == "fast":
             assert kernel["share"] <= _share(kernel), (_named(kernel), kernel["share"])
+
+
+def test_programs_of_large_launches_work_on_several_tiles() -> None:
+    assert span(0, 2048) == span(MANY_PROGRAMS * 2048, 2048) == 2048
+    assert span(2 * MANY_PROGRAMS * 2048, 2048) == span(4 * MANY_PROGRAMS * 2048 - 1, 2048) == 2 * 2048
+    assert span(2**40, 4096) == TILES_OF_A_PROGRAM * 4096
 
 
 def test_a_mask_of_two_in_four_adds_few_instructions(kernels: list[dict[str, Any]]) -> None:

@@ -11,11 +11,14 @@ ROUNDER = tl.constexpr(12582912.0)
 
 @triton.jit
 def div(x, y, EXACT: tl.constexpr):
-    """Correctly rounded, or within 2 ulp."""
-    if EXACT:
+    """Correctly rounded, or within 2 ulp for a normal ``y`` of less than 2**126."""
+    if EXACT or INTERPRETED:
         return tl.div_rn(x, y)
     else:
-        return x / y
+        # The compiler's own, for all y, is 9 instructions: three quarters of Adam's arithmetic.
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -25,6 +28,15 @@ def sqrt(x, EXACT: tl.constexpr):
         return tl.sqrt_rn(x)
     else:
         return tl.sqrt(x)
+
+
+@triton.jit
+def normal(eps, EXACT: tl.constexpr):
+    """What is added to a divisor; in fast arithmetic at least 2**-126, because less counts as zero there."""
+    if EXACT:
+        return eps
+    else:
+        return tl.maximum(eps, 2.0**-126)
 
 
 @triton.jit

@@ -8,48 +8,92 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from ..lookup import GUESS_BASE as _GUESS_BASE
 from ..lookup import SIGNED_FOUR_BITS
-from .arithmetic import bits_of, float_of, quotient, root, rounded, times
+from ..lookup import STEPS as _STEPS
+from .arithmetic import INTERPRETED, bits_of, float_of, quotient, root, rounded, times
 
 _MAGNITUDES = np.array(SIGNED_FOUR_BITS, np.float32)[7:]
 _MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / np.float32(2)
 FOUR_BIT_MIDDLES = tl.constexpr(tuple(map(int, _MIDDLES.view(np.int32))))
-GUESS_BASE = tl.constexpr(_GUESS_BASE)
+STEPS = tl.constexpr(_STEPS)
 ONE_448TH = tl.constexpr(float(np.float32(1 / 448)))
 ONE_65025TH = tl.constexpr(float(np.float32(1 / 65025)))
 
 
+def _asm(steps):
+    """PTX that makes four words of four bytes."""
+    return tl.constexpr("{ .reg .b32 x; " + " ".join(steps.format(i=i) for i in range(4)) + " }")
+
+
+# prmt takes bytes by number: 0 to 3 of the first operand, 4 to 7 of the second.
+FLOATS = _asm("prmt.b32 ${i}, $4, 0x4B000000, 0x744{i};")
+SIGNED_FLOATS = _asm("xor.b32 x, $4, 0x80808080; prmt.b32 ${i}, x, 0x4B000000, 0x744{i};")
+SIXTEENTHS = _asm("prmt.b32 ${i}, $4, 0x49000000, 0x744{i};")
+
+# Four times a byte: where its float is in a table.
+PLACES = tl.constexpr(
+    "{ .reg .b32 x; shl.b32 x, $4, 2; and.b32 $0, x, 0x3FC; shr.u32 x, $4, 6; and.b32 $1, x, 0x3FC; "
+    "shr.u32 x, $4, 14; and.b32 $2, x, 0x3FC; shr.u32 x, $4, 22; and.b32 $3, x, 0x3FC; }"
+)
+
+# Those whose code of NaN is that of 0.
+TAKE_NAN = ("int8", "int8_unsigned", "int8_companded_unsigned", "fp8_unsigned", "int4_unsigned")
+
+
+@triton.jit
+def _words(code, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(ASM, "=&r,=&r,=&r,=&r,r", [code], dtype=tl.uint32, is_pure=True, pack=4)
+
+
 @triton.jit
 def _float(code, OFFSET: tl.constexpr):
-    """``code + OFFSET`` exactly; cheaper than the GPU's conversion."""
-    return float_of(code.to(tl.uint32) | 0x4B000000) + (OFFSET - 8388608.0)
+    """``code + OFFSET`` exactly; one instruction for the bits and one for the sum."""
+    bits = code.to(tl.uint32) | 0x4B000000 if INTERPRETED else _words(code, FLOATS)
+    return float_of(bits) + (OFFSET - 8388608.0)
+
+
+@triton.jit
+def _signed_float(code):
+    """The same of a code with a sign."""
+    bits = (code.to(tl.uint32) ^ 0x80) | 0x4B000000 if INTERPRETED else _words(code, SIGNED_FLOATS)
+    return float_of(bits) - (8388608.0 + 128.0)
 
 
 @triton.jit
 def _at_least_one(code, n):
-    """A second moment that is not zero never becomes zero: dividing by it would blow the step up."""
-    return tl.maximum(code, tl.minimum(n.to(tl.int32, bitcast=True), 1))
+    """A second moment that is not zero never becomes zero: dividing by it would blow the step up.
+
+    ``code`` is a float yet, and 0 takes the place of NaN.
+    """
+    return tl.maximum(code, tl.where(n > 0, 1.0, 0.0))
 
 
 @triton.jit
-def _middle_index(n, table):
-    """How many middles of a dynamic map are below ``n``: a guess from its upper bits, and one comparison."""
-    upper = tl.maximum((n.to(tl.int32, bitcast=True) >> 16) - GUESS_BASE, 0)
-    guess = tl.load((table + 2048).to(tl.pointer_type(tl.uint8)) + upper).to(tl.int32)
-    middle = tl.load((table + 1024).to(tl.pointer_type(tl.float32)) + guess)
-    return tl.where(n > middle, guess + 1, guess)
+def _step(n, table):
+    """Sign and, 8 bits above its middle, the code of a dynamic map: a sum with what the upper bits tell."""
+    bits = bits_of(n)
+    return tl.load((table + STEPS).to(tl.pointer_type(tl.uint32)) + (bits >> 16)) + bits
 
 
 @triton.jit
 def int8_value(code, table):
-    return tl.load(table.to(tl.pointer_type(tl.float32)) + code)
+    place = code.to(tl.uint32) * 4 if INTERPRETED else _words(code, PLACES)
+    return tl.load((table + place).to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
 def int8_code(n, table):
-    m = _middle_index(tl.abs(n), table)
-    return 127 + tl.where(n < 0, tl.maximum(-m, -127), m)
+    step = _step(n, table)
+    if INTERPRETED:
+        return (step >> 16 ^ (step.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)).to(tl.uint8)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 x, y, s;
+            prmt.b32 x, $1, $2, 0x0062; prmt.b32 y, $3, $4, 0x0062; prmt.b32 x, x, y, 0x5410;
+            prmt.b32 y, $1, $2, 0x00FB; prmt.b32 s, $3, $4, 0x00FB; prmt.b32 y, y, s, 0x5410;
+            xor.b32 $0, x, y; }""",
+            "=r,r,r,r,r", [step], dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 int8_unsigned_value = int8_value
@@ -57,12 +101,12 @@ int8_unsigned_value = int8_value
 
 @triton.jit
 def int8_unsigned_code(n, table):
-    return _at_least_one(_middle_index(n, table), n)
+    return _step(n, table) >> 16
 
 
 @triton.jit
 def int8_companded_value(code, table):
-    q = _float(code ^ 0x80, -128.0)
+    q = _signed_float(code)
     return quotient(q, 254.0 - tl.abs(q))
 
 
@@ -79,12 +123,13 @@ def int8_companded_unsigned_value(code, table):
 
 @triton.jit
 def int8_companded_unsigned_code(n, table):
-    # What is raised to the limit of root() has code 0 all the same.
-    return _at_least_one(rounded(times(root(tl.maximum(n, 2.0**-19)), 255.0)), n)
+    # The root of what is below 2**-126 is NaN there, and 0 here.
+    return rounded(_at_least_one(times(root(n), 255.0), n))
 
 
 @triton.jit
 def fp8_value(code, table):
+    code = code.to(tl.uint32)
     # Exponent and mantissa where fp32 has them are the value times 2**-120, a denormal sometimes.
     bits = ((code & 0x7F) << 20) | ((code & 0x80) << 24)
     return times(float_of(bits), ONE_448TH * 2.0**120)
@@ -110,7 +155,8 @@ fp8_unsigned_value = fp8_value
 @triton.jit
 def fp8_unsigned_code(n, table):
     n = tl.maximum(n, 0.0)
-    return _at_least_one((_e4m3(n) & 0x7F).to(tl.int32), n)
+    code = (_e4m3(n) & 0x7F).to(tl.int32)
+    return tl.maximum(code, tl.minimum(n.to(tl.int32, bitcast=True), 1))
 
 
 @triton.jit
@@ -140,7 +186,8 @@ def int4_code(n, table):
 @triton.jit
 def int4_unsigned_value(code, table):
     # The spacing of fp32 numbers at 2**19 is a sixteenth.
-    k = float_of(code | 0x49000000) - (2.0**19 - 0.0625)
+    bits = code.to(tl.uint32) | 0x49000000 if INTERPRETED else _words(code, SIXTEENTHS)
+    k = float_of(bits) - (2.0**19 - 0.0625)
     return times(times(k, k), times(k, k))
 
 

@@ -1,19 +1,19 @@
 """What all block codecs share: a code of 8 or 4 bits for each value, a scale for each block of neighbours.
 
 A codec is two functions in units of its scale, ``value(code, table)`` and ``code(n, table)``, and how its
-planes look. ``CODEC`` is ``(decode, encode, addresses, value, code, BLOCK, PER, BITS, SIGNED)`` with ``PER``
-codes a byte, the ``BITS`` of a scale, and whether a scale carries the sign of its block's largest
-magnitude.
+planes look. ``CODEC`` is ``(decode, encode, addresses, value, code, BLOCK, PER, BITS, SIGNED, TAKES_NAN)``
+with ``PER`` codes a byte, the ``BITS`` of a scale, whether a scale carries the sign of its block's largest
+magnitude, and whether the code of NaN is that of 0.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import bits_of, float_of, reciprocal, times
+from .arithmetic import INTERPRETED, PROPAGATE, bits_of, float_of, reciprocal, times
+from .codecs import to_bf16
 from .tile import offsets, read, write
 
 INFINITY = tl.constexpr(0x7F800000)
-QUIET_NAN = tl.constexpr(0x7FC00000)
 SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
 
@@ -30,10 +30,44 @@ def _integer(bits):
     return {16: tl.uint16, 32: tl.uint32}[bits]
 
 
+@triton.constexpr_function
+def _parts(size, block, vector, warps):
+    """The same with a part as [threads, neighbours of a thread]."""
+    *outer, part = _shape(size, block, vector, warps)
+    return [*outer, part // vector, vector]
+
+
 @triton.jit
-def _largest(x, BLOCK: tl.constexpr, SPREAD: tl.constexpr):
-    """Each block's largest integer: first of what a thread has, then of what a warp has."""
-    return tl.max(tl.max(x.reshape(_shape(x.shape[0], BLOCK, SPREAD[0], SPREAD[1])), 1), 3)
+def _larger(x, y):
+    return tl.maximum(x, y, propagate_nan=PROPAGATE)
+
+
+@triton.jit
+def _top(x, AXIS: tl.constexpr):
+    """The bits of the largest magnitude, NaN if there is one."""
+    if INTERPRETED:
+        return tl.max((bits_of(x) & 0x7FFFFFFF).to(tl.int32), AXIS).to(tl.float32, bitcast=True)
+    else:
+        # One instruction each: that of floats takes magnitudes, that of integers does not.
+        return tl.reduce(tl.abs(x), AXIS, _larger)
+
+
+@triton.jit
+def _largest(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
+    """The bits of each block's largest magnitude and its sign, first of what a thread has, then of a warp."""
+    x = x.reshape(_parts(x.shape[0], CODEC[5], SPREAD[0], SPREAD[1]))
+    if CODEC[8]:
+        # As integers with a sign positive numbers are the largest, as those without negative ones.
+        bits = bits_of(x)
+        positive = tl.max(tl.max(bits.to(tl.int32, bitcast=True), 5), 1)
+        negative = tl.max(tl.max(bits, 5), 1)
+        # Both signs may reach the maximum; the positive one wins.
+        key = tl.where(positive >= 0, positive.to(tl.uint32, bitcast=True) << 1 | 1, 0)
+        key = tl.max(tl.maximum(key, negative << 1), 3)
+        return key >> 1, (key & 1 ^ 1) << 31
+    else:
+        top = tl.max(_top(_top(x, 5), 1).to(tl.int32, bitcast=True), 3).to(tl.uint32)
+        return top, tl.zeros_like(top)
 
 
 @triton.jit
@@ -69,6 +103,19 @@ def _write_scales(bits, plane, dense, SIZE: tl.constexpr, CODEC: tl.constexpr, S
 
 
 @triton.jit
+def _nibbles(pair):
+    """The lower and the upper half of bytes."""
+    if INTERPRETED:
+        return pair & 15, pair >> 4
+    else:
+        # Of four bytes at a time.
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $2, 0x0F0F0F0F; shr.b32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;",
+            "=&r,=r,r", [pair], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
 def _pairs(SIZE: tl.constexpr, SPREAD: tl.constexpr):
     """Offsets of the bytes that hold two codes each."""
     return offsets(SIZE // 2, 16 * SPREAD[0], SPREAD[1])
@@ -77,18 +124,11 @@ def _pairs(SIZE: tl.constexpr, SPREAD: tl.constexpr):
 @triton.jit
 def _scale_bits(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
     """Each block's scale as the bits of an fp32 number: NaN if there is one, 0 for denormals."""
-    bits = bits_of(x)
-    magnitude = bits & 0x7FFFFFFF
-    if CODEC[8]:
-        # Both signs may reach the maximum; the positive one wins.
-        key = _largest((magnitude << 1) | (bits >> 31 ^ 1), CODEC[5], SPREAD)
-        top, sign = key >> 1, (key & 1 ^ 1) << 31
-    else:
-        top = _largest(magnitude.to(tl.int32), CODEC[5], SPREAD).to(tl.uint32)
-        sign = tl.zeros_like(top)
+    top, sign = _largest(x, CODEC, SPREAD)
     if CODEC[7] == 16:
-        top = tl.where(top > INFINITY, QUIET_NAN, top).to(tl.uint32)
-        top = tl.where(top < SMALLEST_NORMAL, 0, top + 0x7FFF + (top >> 16 & 1)) & 0xFFFF0000
+        # Denormals are zero before they are rounded up to a normal number.
+        x = tl.where(top < SMALLEST_NORMAL, 0.0, float_of(top))
+        top = to_bf16(x).to(tl.uint32) << 16
     else:
         top = tl.where(top < SMALLEST_NORMAL, 0, top)
     return top.to(tl.uint32) | sign
@@ -96,13 +136,17 @@ def _scale_bits(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
 
 @triton.jit
 def _normalised(x, scale_bits, CODEC: tl.constexpr, SPREAD: tl.constexpr):
-    """Values divided by their block's scale; 0 where it is zero or not finite."""
+    """Values divided by their block's scale; where that is 0 or not finite, 0 or NaN."""
     # In one comparison: no denormals are left, and below 0 it wraps.
-    alive = (scale_bits & 0x7FFFFFFF) - SMALLEST_NORMAL < INFINITY - SMALLEST_NORMAL
-    inverse = reciprocal(float_of(scale_bits))
+    magnitude = scale_bits & 0x7FFFFFFF if CODEC[8] else scale_bits
+    alive = magnitude - SMALLEST_NORMAL < INFINITY - SMALLEST_NORMAL
+    inverse = tl.where(alive, reciprocal(float_of(scale_bits)), 0.0)
     SIZE: tl.constexpr = x.shape[0]
     n = times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD[0], SPREAD[1]))
-    return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1]), n, 0.0)
+    if CODEC[9] and not INTERPRETED:
+        return n
+    else:
+        return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1]), n, 0.0)
 
 
 @triton.jit
@@ -111,9 +155,9 @@ def _write_codes(code, plane, dense, CODEC: tl.constexpr, SPREAD: tl.constexpr):
         SIZE: tl.constexpr = code.shape[0]
         if dense[2] is not None:
             code = tl.where(dense[2], code, 0)
-        even, odd = tl.split(code.to(tl.uint8).reshape(SIZE // 2, 2))
+        even, odd = tl.split(code.reshape(SIZE // 2, 2))
         offs = _pairs(SIZE, SPREAD)
-        pair = even | (odd << 4)
+        pair = (even | odd << 4).to(tl.uint8)
         if dense[3] is None:
             write(plane, tl.uint8, (dense[0] // 2, offs, None), pair, SPREAD[0] // 2)
         else:
@@ -132,10 +176,10 @@ def block_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
             pair = read(planes[0], tl.uint8, (dense[0] // 2, offs, None), SPREAD[0] // 2)
         else:
             pair = read(planes[0], tl.uint8, (dense[0] // 2, offs, 2 * offs < dense[3]), SPREAD[0] // 2)
-        code = tl.join(pair & 15, pair >> 4).reshape(SIZE)
+        low, high = _nibbles(pair)
+        value = tl.join(CODEC[3](low, planes[-1]), CODEC[3](high, planes[-1])).reshape(SIZE)
     else:
-        code = read(planes[0], tl.uint8, dense, SPREAD[0])
-    value = CODEC[3](code.to(tl.uint32), planes[-1])
+        value = CODEC[3](read(planes[0], tl.uint8, dense, SPREAD[0]), planes[-1])
     return times(value, _read_scales(planes[1], dense, SIZE, CODEC, SPREAD))
 
 

@@ -14,8 +14,8 @@ USABLE_SHARE = 0.6
 """Of the issue slots: loads stall, and never all slots are used."""
 
 EXACT_INSTRUCTIONS = {
-    **{"sgd": 15, "sgd_momentum": 24, "lion": 27},
-    **{"adam": 55, "adam_amsgrad": 59, "cast_adam": 60},
+    **{"sgd": 12, "sgd_momentum": 18, "lion": 21},
+    **{"adam": 45, "adam_amsgrad": 48, "cast_adam": 50},
 }
 """Executed per element in exact arithmetic, rounded up from the dearest storage of ``bench static``."""
 
@@ -23,9 +23,9 @@ MASK_INSTRUCTIONS = {0: 14, 2: 21, 4: 25, 8: 36, 16: 58}
 """The same for a mask, beyond its rule, by the size of its groups."""
 
 CODEC_INSTRUCTIONS = {
-    **{"bf16_sr": 19, "bf16_kahan": 13, "fp16_kahan": 11, "bf16_split8": 18, "bf16_split16": 9},
-    **{"int8": 36, "int8_unsigned": 30, "int8_companded": 33, "int8_companded_unsigned": 34},
-    **{"fp8": 27, "fp8_unsigned": 32, "int4": 48, "int4_unsigned": 35},
+    **{"bf16_sr": 11, "bf16_kahan": 9, "fp16_kahan": 8, "bf16_split8": 12, "bf16_split16": 6},
+    **{"int8": 18, "int8_unsigned": 17, "int8_companded": 28, "int8_companded_unsigned": 25},
+    **{"fp8": 26, "fp8_unsigned": 25, "int4": 45, "int4_unsigned": 28},
 }
 """The same for decoding and encoding, beyond fp32; the rules' own figures include bf16 and fp16."""
 
@@ -50,6 +50,19 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     # A block stays within a warp: in a chunk each of four warps has a quarter.
     chunk = max(512, *(4 * codec.block for codec in codecs))
     return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
+
+
+TILES_OF_A_PROGRAM = 8
+"""At most, where so many programs are left that the last ones to end do not matter."""
+
+MANY_PROGRAMS = 8192
+"""Several times what 132 multiprocessors hold at once."""
+
+
+def span(elements: int, tile: int) -> int:
+    """How many elements a program works on, for a launch of so many."""
+    tiles = elements // (tile * MANY_PROGRAMS)
+    return tile * min(TILES_OF_A_PROGRAM, 1 << max(0, tiles.bit_length() - 1))
 
 
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:

@@ -12,15 +12,16 @@ from .arithmetic import INTERPRETED, bits_of, float_of, minus
 from .philox import random_16_bits
 from .tile import read, write
 
-INFINITY = tl.constexpr(0x7F800000)
+# Each of four bytes at a word's second place, its sign above it: prmt takes bytes by number, 4 to 7 of the
+# second operand, and 8 more stands for a sign alone.
+SIGNED_BYTES = tl.constexpr("".join(f"prmt.b32 ${i}, $4, 0, 0x{8 + i:X}{8 + i:X}{i}4; " for i in range(4)))
 QUIET_NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
 def _canonical(x):
-    """The bits of fp32 values, all NaNs made one, and whether the value is finite."""
-    bits = tl.where(x == x, bits_of(x), QUIET_NAN).to(tl.uint32)
-    return bits, (bits & 0x7FFFFFFF) < INFINITY
+    """The bits of fp32 values, all NaNs made one whose lower half is zero, as that of Inf."""
+    return tl.where(x == x, bits_of(x), QUIET_NAN).to(tl.uint32)
 
 
 @triton.jit
@@ -67,13 +68,21 @@ def fp16_kahan_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.c
 
 
 @triton.jit
-def _from_bf16(half):
+def from_bf16(half):
     # The interpreter's own conversion loses denormals.
-    return float_of(half.to(tl.uint32) << 16)
+    if INTERPRETED:
+        return float_of(half.to(tl.uint32) << 16)
+    else:
+        # One instruction each; the compiler takes two for every other one.
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
+            "=r,=r,r", [half], dtype=tl.uint32, is_pure=True, pack=2,
+        )  # fmt: skip
+        return float_of(bits)
 
 
 @triton.jit
-def _to_bf16(x):
+def to_bf16(x):
     # The interpreter's cast truncates; on a GPU the cast is one instruction for two values.
     if INTERPRETED:
         bits = bits_of(x)
@@ -85,27 +94,27 @@ def _to_bf16(x):
 
 @triton.jit
 def bf16_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    return _from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0]))
+    return from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0]))
 
 
 @triton.jit
 def bf16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    write(planes[0], tl.uint16, home[0], _to_bf16(x), SPREAD[0])
+    write(planes[0], tl.uint16, home[0], to_bf16(x), SPREAD[0])
 
 
 @triton.jit
 def bf16_kahan_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
     p = read(planes[0], tl.uint16, home[0], SPREAD[0])
-    return _from_bf16(p) + _from_bf16(read(planes[1], tl.uint16, home[1], SPREAD[0]))
+    return from_bf16(p) + from_bf16(read(planes[1], tl.uint16, home[1], SPREAD[0]))
 
 
 @triton.jit
 def bf16_kahan_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    p = _to_bf16(x)
-    kept = _from_bf16(p)
+    p = to_bf16(x)
+    kept = from_bf16(p)
     lost = tl.where(tl.abs(kept) < float("inf"), minus(x, kept), 0.0)
     write(planes[0], tl.uint16, home[0], p, SPREAD[0])
-    write(planes[1], tl.uint16, home[1], _to_bf16(lost), SPREAD[0])
+    write(planes[1], tl.uint16, home[1], to_bf16(lost), SPREAD[0])
 
 
 bf16_sr_decode = bf16_decode
@@ -113,35 +122,40 @@ bf16_sr_decode = bf16_decode
 
 @triton.jit
 def bf16_sr_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    bits, finite = _canonical(x)
-    bits = tl.where(finite, bits + random_16_bits(home[1], stream, SPREAD), bits)
+    bits = _canonical(x) + random_16_bits(home[1], stream, SPREAD)
     write(planes[0], tl.uint16, home[0], (bits >> 16).to(tl.uint16), SPREAD[0])
 
 
 @triton.jit
 def bf16_split16_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    high = read(planes[0], tl.uint16, home[0], SPREAD[0]).to(tl.uint32) << 16
+    high = bits_of(from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0])))
     low = read(planes[1], tl.int16, home[1], SPREAD[0]).to(tl.int32)
     return float_of(high + low.to(tl.uint32))
 
 
 @triton.jit
 def bf16_split16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    bits, _ = _canonical(x)
+    bits = _canonical(x)
     write(planes[0], tl.uint16, home[0], ((bits + 0x8000) >> 16).to(tl.uint16), SPREAD[0])
     write(planes[1], tl.uint16, home[1], bits.to(tl.uint16), SPREAD[0])
 
 
 @triton.jit
 def bf16_split8_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    high = read(planes[0], tl.uint16, home[0], SPREAD[0]).to(tl.uint32) << 16
-    low = read(planes[1], tl.int8, home[1], SPREAD[0]).to(tl.int32) << 8
+    high = bits_of(from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0])))
+    if INTERPRETED:
+        low = read(planes[1], tl.int8, home[1], SPREAD[0]).to(tl.int32) << 8
+    else:
+        low = tl.inline_asm_elementwise(
+            SIGNED_BYTES, "=&r,=&r,=&r,=&r,r", [read(planes[1], tl.uint8, home[1], SPREAD[0])],
+            dtype=tl.uint32, is_pure=True, pack=4,
+        )  # fmt: skip
     return float_of(high + low.to(tl.uint32))
 
 
 @triton.jit
 def bf16_split8_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    bits, finite = _canonical(x)
-    bits = tl.where(finite, bits + 0x7F + (bits >> 8 & 1), bits)
+    bits = _canonical(x)
+    bits += 0x7F + (bits >> 8 & 1)
     write(planes[0], tl.uint16, home[0], ((bits + 0x8000) >> 16).to(tl.uint16), SPREAD[0])
     write(planes[1], tl.uint8, home[1], (bits >> 8).to(tl.uint8), SPREAD[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..masking import keeps_dense
 from ..rules import CAST_ADAM
-from .budget import launch_shape
+from .budget import launch_shape, span
 
 if TYPE_CHECKING:
     from ..launch import Launch
@@ -73,7 +73,7 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
     """Decode, encode, the number of addresses, and a block codec's format."""
     import triton.language as tl
 
-    from . import blocks
+    from . import block_codecs, blocks
 
     functions = _functions(codec.name)
     assert functions is not None, codec.name
@@ -81,7 +81,8 @@ def _codec(codec: Codec) -> tuple[Any, ...]:
         return *functions, tl.constexpr(codec.columns)
     codes, scales = codec.planes
     # Inside a nested tuple Triton wraps nothing by itself.
-    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, codec.signed_scale))
+    takes_nan = codec.name in block_codecs.TAKE_NAN
+    numbers = map(tl.constexpr, (codec.block, codes.per, scales.bits, codec.signed_scale, takes_nan))
     return blocks.block_decode, blocks.block_encode, tl.constexpr(codec.columns), *functions, *numbers
 
 
@@ -139,10 +140,10 @@ def square_sum_constants(grad: Codec, strided: bool) -> tuple[Constants, Constan
 
 
 def _prepare(
-    bucket: Launch, kernel: Any, arguments: tuple[Any, ...], constants: Constants, options: Constants
-) -> Call:
+    bucket: Launch, kernel: Any, tiles: Tensor, arguments: tuple[Any, ...], constants: Constants,
+    options: Constants,
+) -> Call:  # fmt: skip
     """Launches a kernel once and returns a call that launches it again."""
-    tiles = bucket.tiles(constants["TILE"])
     positional = (tiles, *arguments, *(constants[name] for name in kernel.arg_names[1 + len(arguments) :]))
     grid = (len(tiles), 1, 1)
 
@@ -181,8 +182,10 @@ def step(bucket: Launch) -> None:
 
     codecs = (bucket.param, *bucket.states, bucket.grad)
     constants, options = step_constants(bucket.rule, codecs, bucket.strided, bucket.exact)
-    arguments = (bucket.table, bucket.rows, _layouts(bucket), bucket.table.shape[1])
-    bucket.cache["triton.step"] = _prepare(bucket, kernels.step, arguments, constants, options)
+    size = span(sum(bucket.numels), constants["TILE"])
+    arguments = (bucket.table, bucket.rows, _layouts(bucket), bucket.table.shape[1], size)
+    tiles = bucket.tiles(size)
+    bucket.cache["triton.step"] = _prepare(bucket, kernels.step, tiles, arguments, constants, options)
 
 
 def square_sum(bucket: Launch) -> Tensor:
@@ -195,9 +198,9 @@ def square_sum(bucket: Launch) -> Tensor:
 
     constants, options = square_sum_constants(bucket.grad, bucket.strided)
     columns, n = bucket.table.shape
-    n_tiles = len(bucket.tiles(constants["TILE"]))
-    partials = torch.empty(n_tiles, dtype=torch.float64, device=bucket.device)
+    tiles = bucket.tiles(constants["TILE"])
+    partials = torch.empty(len(tiles), dtype=torch.float64, device=bucket.device)
     arguments = (bucket.table, partials, _layouts(bucket), n, columns - len(bucket.grad.planes))
-    launch = _prepare(bucket, kernels.square_sum, arguments, constants, options)
+    launch = _prepare(bucket, kernels.square_sum, tiles, arguments, constants, options)
     bucket.cache["triton.square_sum"] = launch, partials
     return partials.sum()

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import div, maximum, sign, sqrt
+from .arithmetic import div, maximum, normal, sign, sqrt
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _adam_moments(p, g, m, v, k):
 @triton.jit
 def _adam_finish(p, m, v, k, EXACT: tl.constexpr):
     c2, eps, step_size, decay = k[4:]
-    u = div(m, sqrt(v, EXACT) * c2 + eps, EXACT)
+    u = div(m, sqrt(v, EXACT) * c2 + normal(eps, EXACT), EXACT)
     return p - (step_size * u + decay * p)
 
 
@@ -70,4 +70,4 @@ def cast_adam(p, g, s, k, EXACT: tl.constexpr):
     mixed = tl.where(keep, m, kept_part * m + l1 * sign(p))
     x = c1 * mixed
     v = b2 * v + (w2 * x) * x
-    return p - step_size * div(mixed, sqrt(v, EXACT) * c2 + eps, EXACT), (m, v)
+    return p - step_size * div(mixed, sqrt(v, EXACT) * c2 + normal(eps, EXACT), EXACT), (m, v)

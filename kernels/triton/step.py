@@ -1,8 +1,9 @@
 """The kernels: one step for every rule with any codecs, one sum of squares; any number of tensors a launch.
 
-A program works on one tile. A full tile of aligned planes is read and written in vectors of up to 16
-bytes; any other goes in masked chunks. Codecs are ``(decode, encode, addresses, ...)``, in the order
-of the table: parameter, states, gradient. tile.py says what places, homes and ``SPREAD`` are, blocks.py
+A program works on some tiles of a tensor, one after another: what it reads first (addresses, scalars)
+would be a quarter of the instructions of one. A full tile of aligned planes is read and written in vectors
+of up to 16 bytes; any other goes in masked chunks. Codecs are ``(decode, encode, addresses, ...)``, in the
+order of the table: parameter, states, gradient. tile.py says what places, homes and ``SPREAD`` are, blocks.py
 what else belongs to a block codec.
 """
 
@@ -15,7 +16,7 @@ HEADER = tl.constexpr(5)
 ROW_HEADER = tl.constexpr(4)
 MAX_DIMS = tl.constexpr(8)
 # These vary from bucket to bucket, and nothing is gained from compiling for one of them.
-_COUNTS = ["n", "column"]
+_COUNTS = ["n", "column", "span"]
 _TABLES = ["tiles", "table", "rows", "layouts", "partials"]
 
 
@@ -28,13 +29,13 @@ def _load_each(ptr, step, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _tile(table, tiles, n, TILE: tl.constexpr):
-    """This program's column of the table, its first element, its length, and whether it needs no mask."""
+def _elements(table, tiles, n, span):
+    """This program's column of the table, its first element, how many they are, and whether aligned."""
     entry = tiles + 2 * tl.program_id(0)
     table += tl.load(entry)
-    start = tl.load(entry + 1).to(tl.int64) * TILE
-    count = tl.minimum(tl.load(table) - start, TILE).to(tl.int32)
-    return table, start, count, (count == TILE) & (tl.load(table + 2 * n) != 0)
+    start = tl.load(entry + 1).to(tl.int64) * span
+    count = tl.minimum(tl.load(table) - start, span).to(tl.int32)
+    return table, start, count, tl.load(table + 2 * n) != 0
 
 
 @triton.jit
@@ -101,12 +102,12 @@ def _update(
 # SOURCES is a hash of the functions' text: Triton's cache on disk knows functions inside tuples by name only.
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def step(
-    tiles, table, rows, layouts, n,
+    tiles, table, rows, layouts, n, span,
     RULE: tl.constexpr, SCALARS: tl.constexpr, CODECS: tl.constexpr, SOURCES: tl.constexpr,
     STRIDED: tl.constexpr, EXACT: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, SPREAD: tl.constexpr, MASKED_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    table, start, count, full = _tile(table, tiles, n, TILE)
+    table, start, count, aligned = _elements(table, tiles, n, span)
     row = rows + tl.load(table + n) * (ROW_HEADER + SCALARS)
     active = tl.load(row)
     g_scale = tl.load(row + 1)
@@ -118,15 +119,19 @@ def step(
         planes += (_load_each(column, n, CODECS[i][2]),)
         column += CODECS[i][2] * n
     if active != 0:
-        if full and not STRIDED:
-            place = (start, offsets(TILE, 32 * SPREAD[0], SPREAD[1]), None, None)
-            places = (place, place, place)
-            _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, SPREAD)
-        else:
-            while count > 0:
-                places = _chunk(layouts, table, n, start, count, CHUNK, SPREAD[1], STRIDED)
-                _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, MASKED_SPREAD)
-                start, count = start + CHUNK, count - CHUNK
+        if not STRIDED:
+            tile = start // TILE
+            while aligned & (count >= TILE):
+                # Of a sum of starts the compiler would not know that it is a multiple.
+                place = (tile * TILE, offsets(TILE, 32 * SPREAD[0], SPREAD[1]), None, None)
+                places = (place, place, place)
+                _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, SPREAD)
+                tile, count = tile + 1, count - TILE
+            start = tile * TILE
+        while count > 0:
+            places = _chunk(layouts, table, n, start, count, CHUNK, SPREAD[1], STRIDED)
+            _update(planes, places, stream, g_scale, k, RULE, CODECS, EXACT, MASKED_SPREAD)
+            start, count = start + CHUNK, count - CHUNK
 
 
 @triton.jit
@@ -145,9 +150,9 @@ def square_sum(
     GRAD: tl.constexpr, SOURCES: tl.constexpr, STRIDED: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, SPREAD: tl.constexpr, MASKED_SPREAD: tl.constexpr,
 ):  # fmt: skip
-    table, start, count, full = _tile(table, tiles, n, TILE)
+    table, start, count, aligned = _elements(table, tiles, n, TILE)
     planes = _load_each(table + column * n, n, GRAD[2])
-    if full and not STRIDED:
+    if aligned & (count == TILE) and not STRIDED:
         offs = offsets(TILE, 32 * SPREAD[0], SPREAD[1])
         total = tl.sum(_squares(planes, (start, offs, None), GRAD, SPREAD))
     else:

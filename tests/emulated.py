@@ -1,0 +1,100 @@
+"""Trains with compiled Triton kernels on CPU tensors (ptx.py), and compares with the reference.
+
+``python -m tests.emulated CASE ...`` with ``RULE/PARAMETER/STATES/exact|fast`` prints nothing if all agree.
+TRITON_INTERPRET must not be set, so this is a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+import fused_optim
+from fused_optim.kernels import dispatch
+from fused_optim.kernels.triton import budget, driver, step
+from tests.cases import assert_same_bits, normal
+from tests.ptx import Machine
+
+SIZES = (0, 1, 15, 17, 255, 257, 2047, 2048, 4097, 3 * 2048 + 300)
+_POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
+_CLASSES = {"adam": "AdamW", "lion": "Lion", "sgd_momentum": "SGD"}
+
+
+class Emulated:
+    """A kernel that is compiled for a GPU when it is called and run by a machine that is none."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self._launch(grid[0], arguments)
+
+    def _launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
+        constants = dict(zip(self.arg_names, arguments, strict=True))
+        given = {name: constants.pop(name) for name in self.arg_names if not _is_constant(name)}
+        types = {k: _POINTERS[v.dtype] if isinstance(v, Tensor) else "i32" for k, v in given.items()}
+        signature = {name: types.get(name, "constexpr") for name in self.arg_names}
+        source = ASTSource(
+            self.kernel, signature, {(self.arg_names.index(k),): v for k, v in constants.items()}
+        )
+        warps = constants["SPREAD"][1]
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": not constants.get("EXACT", True)}
+        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        words = [v.data_ptr() if isinstance(v, Tensor) else v for v in given.values()]
+        Machine(compiled.asm["ptx"], programs, 32 * warps, [*words, 0, 0], compiled.metadata.shared).run()
+
+
+def _is_constant(name: str) -> bool:
+    return name.isupper()
+
+
+def _train(backend: str, case: str) -> list[Tensor]:
+    rule, param_codec, states, arithmetic = case.split("/")
+    # A user may ask for fast arithmetic on GPUs only.
+    dispatch.choose_exact = lambda *_: arithmetic == "exact"
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(param_codec[:4], torch.bfloat16)
+    params = [normal(size, dtype, size).requires_grad_() for size in SIZES]
+    # One that starts off a boundary, so that no access of its own may be wide.
+    params.append(normal(2051, dtype, 1)[3:].requires_grad_())
+    options: dict[str, Any] = {"momentum": 0.9} if rule == "sgd_momentum" else {}
+    torch.manual_seed(0)
+    optimizer = getattr(fused_optim, _CLASSES[rule])(
+        params, lr=0.01, param_codec=param_codec, state_codec=states, keep_fp32=0, backend=backend, **options
+    )  # fmt: skip
+    for count in range(3):
+        for i, param in enumerate(params):
+            param.grad = normal(param.numel(), dtype, 100 * count + i)
+            if count == 2 and param.numel() > 4096:
+                # Blocks that share what is not finite, and blocks of zeros.
+                param.grad[300], param.grad[700] = float("nan"), float("-inf")
+                param.grad[1024:2048] = 0
+        optimizer.step()
+    return [tensor for p in params for tensor in (p, *optimizer.state[p].values())]
+
+
+def compare(case: str) -> None:
+    """Raises AssertionError where the compiled kernel and the reference differ."""
+    actual, expected = _train("triton", case), _train("reference", case)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        if case.endswith("exact"):
+            assert_same_bits(a, b, f"{case}, tensor {i}")
+        elif a.dtype.is_floating_point:
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-5, equal_nan=True)
+
+
+def main(cases: list[str]) -> None:
+    """Command line."""
+    driver.unavailable = lambda device_type: None
+    budget.MANY_PROGRAMS = 1
+    step.step, step.square_sum = Emulated(step.step), Emulated(step.square_sum)
+    for case in cases:
+        compare(case)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Compiled Triton kernels, run instruction by instruction without a GPU, equal the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.compiling import python
+from tests.ptx import Machine
+
+pytest.importorskip("triton")
+
+# Every codec in its own role, the main rules, both arithmetics.
+CASES = {
+    "plain": (
+        "adam/fp32/fp32/exact",
+        "adam/fp16/bf16/exact",
+        "sgd_momentum/bf16/fp16/exact",
+        "lion/fp32/bf16/fast",
+    ),
+    "int8": ("adam/fp32/int8/exact", "adam/bf16/int8/fast", "adam/bf16_split8/int8_companded/exact"),
+    "4 bits": ("adam/bf16_split8/int4/exact", "lion/bf16_kahan/fp8/exact", "adam/fp32/int4/fast"),
+    "others": (
+        "lion/bf16_split16/int8_companded/exact",
+        "adam/bf16_sr/fp8/exact",
+        "sgd_momentum/fp16_kahan/bf16_sr/exact",
+    ),
+}
+
+
+@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+def test_compiled_kernels_equal_the_reference(cases: tuple[str, ...], tmp_path: Path) -> None:
+    """Programs of several tiles, tails, tensors off boundaries, blocks with NaN, Inf and zeros."""
+    assert python(tmp_path, "-m", "tests.emulated", *cases) == ""
+
+
+def _run(body: str, *arguments: np.ndarray) -> None:
+    """Runs PTX for 64 threads; each argument's address is in %a0, %a1 ..., offset by the thread's word."""
+    load = "".join(
+        f"ld.param.u64 %b{i}, [kernel_param_{i}]; add.s64 %a{i}, %b{i}, %o;" for i in range(len(arguments))
+    )
+    head = "mov.u32 %t, %tid.x; mul.wide.u32 %o, %t, 4;"
+    ptx = f".visible .entry kernel()\n{{\n{head}{load}{body} ret;\n}}"
+    Machine(ptx, 1, 64, [x.ctypes.data for x in arguments], 0).run()
+
+
+def test_threads_that_branch_apart_meet_again() -> None:
+    x, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    body = """
+        ld.global.b32 {%x}, [%a0]; setp.lt.u32 %p, %x, 40; mov.u32 %s, 0;
+        @%p bra $L1; add.s32 %s, %x, 1000; bra $L2;
+        $L1: add.s32 %s, %s, %x; add.s32 %x, %x, 16; setp.lt.u32 %p, %x, 40; @%p bra $L1;
+        $L2: shfl.sync.bfly.b32 %y, %s, 1, 31, -1; st.global.b32 [%a1], {%y};
+    """
+    _run(body, x, out)
+    looped = [sum(range(i, 40, 16)) if i < 40 else i + 1000 for i in range(64)]
+    assert out.tolist() == [looped[i ^ 1] for i in range(64)]
+
+
+def test_bytes_are_permuted_and_signs_repeated() -> None:
+    x, out = np.full(64, 0x81F27304, np.uint32), np.zeros(64, np.uint32)
+    _run("ld.global.b32 {%x}, [%a0]; prmt.b32 %y, %x, 0x4B000000, 0x7B94; st.global.b32 [%a1], {%y};", x, out)
+    assert (out == 0x4BFF0000).all()
+
+
+def test_what_is_not_known_is_refused() -> None:
+    x = np.zeros(65, np.uint32)
+    with pytest.raises(NotImplementedError, match="popc"):
+        _run("popc.b32 %x, %t;", x)
+    with pytest.raises(AssertionError, match="not aligned"):
+        _run("ld.global.v2.b32 {%x, %y}, [%a0];", x)

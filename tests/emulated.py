@@ -17,12 +17,20 @@ from triton.compiler import ASTSource, compile
 import fused_optim
 from fused_optim.kernels import dispatch
 from fused_optim.kernels.triton import budget, driver, step
+from fused_optim.sparsity import CAST, SRSTE
 from tests.cases import assert_same_bits, normal
 from tests.ptx import Machine
 
-SIZES = (0, 1, 15, 17, 255, 257, 2047, 2048, 4097, 3 * 2048 + 300)
+SHAPES = ((0,), (1,), (15,), (17,), (255,), (257,), (2047,), (2048,), (4097,), (3 * 2048 + 300,))
+MATRICES = ((3, 4), (33, 64), (130, 52))
 _POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
-_CLASSES = {"adam": "AdamW", "lion": "Lion", "sgd_momentum": "SGD"}
+_CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adam": (fused_optim.AdamW, {}),
+    "lion": (fused_optim.Lion, {"clip_grad_norm": 3.0}),
+    "sgd_momentum": (fused_optim.SGD, {"momentum": 0.9}),
+    "sr_ste": (fused_optim.AdamW, {"sparsity": SRSTE()}),
+    "cast": (fused_optim.CASTAdamS, {"sparsity": CAST(total_steps=10)}),
+}
 
 
 class Emulated:
@@ -58,21 +66,22 @@ def _train(backend: str, case: str) -> list[Tensor]:
     # A user may ask for fast arithmetic on GPUs only.
     dispatch.choose_exact = lambda *_: arithmetic == "exact"
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(param_codec[:4], torch.bfloat16)
-    params = [normal(size, dtype, size).requires_grad_() for size in SIZES]
+    make, options = _CLASSES[rule]
+    shapes = MATRICES if "sparsity" in options else SHAPES
+    params = [normal(shape, dtype, i).requires_grad_() for i, shape in enumerate(shapes)]
     # One that starts off a boundary, so that no access of its own may be wide.
-    params.append(normal(2051, dtype, 1)[3:].requires_grad_())
-    options: dict[str, Any] = {"momentum": 0.9} if rule == "sgd_momentum" else {}
+    params.append(normal(2051, dtype, 99)[3:].requires_grad_())
     torch.manual_seed(0)
-    optimizer = getattr(fused_optim, _CLASSES[rule])(
-        params, lr=0.01, param_codec=param_codec, state_codec=states, keep_fp32=0, backend=backend, **options
-    )  # fmt: skip
+    options = options | {"param_codec": param_codec, "state_codec": states, "keep_fp32": 0}
+    optimizer = make(params, lr=0.01, backend=backend, **options)
     for count in range(3):
         for i, param in enumerate(params):
-            param.grad = normal(param.numel(), dtype, 100 * count + i)
-            if count == 2 and param.numel() > 4096:
+            param.grad = normal(param.shape, dtype, 100 * count + i)
+            flat = param.grad.view(-1)
+            if count == 2 and len(flat) > 4096 and "clip_grad_norm" not in options:
                 # Blocks that share what is not finite, and blocks of zeros.
-                param.grad[300], param.grad[700] = float("nan"), float("-inf")
-                param.grad[1024:2048] = 0
+                flat[300], flat[700] = float("nan"), float("-inf")
+                flat[1024:2048] = 0
         optimizer.step()
     return [tensor for p in params for tensor in (p, *optimizer.state[p].values())]
 
@@ -89,6 +98,7 @@ def compare(case: str) -> None:
 
 def main(cases: list[str]) -> None:
     """Command line."""
+    torch.set_num_threads(1)
     driver.unavailable = lambda device_type: None
     budget.MANY_PROGRAMS = 1
     step.step, step.square_sum = Emulated(step.step), Emulated(step.square_sum)

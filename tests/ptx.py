@@ -140,8 +140,8 @@ class Machine:
             return value if dtype is bool else _sized(value, dtype)
         if operand == "global_smem":
             return np.zeros(1, dtype)
-        if operand.startswith("0f"):
-            return np.array([int(operand[2:], 16)], np.uint32).view(dtype)
+        if operand.startswith(("0f", "0d")):
+            return np.array([int(operand[2:], 16)], _UNSIGNED[8 * np.dtype(dtype).itemsize]).view(dtype)
         if operand.startswith("%"):
             # Never written: the compiler does not care what it is.
             return (

@@ -14,18 +14,14 @@ pytest.importorskip("triton")
 
 # Every codec in its own role, the main rules, both arithmetics.
 CASES = {
-    "plain": (
-        "adam/fp32/fp32/exact",
-        "adam/fp16/bf16/exact",
-        "sgd_momentum/bf16/fp16/exact",
-        "lion/fp32/bf16/fast",
-    ),
     "int8": ("adam/fp32/int8/exact", "adam/bf16/int8/fast", "adam/bf16_split8/int8_companded/exact"),
-    "4 bits": ("adam/bf16_split8/int4/exact", "lion/bf16_kahan/fp8/exact", "adam/fp32/int4/fast"),
+    "masks": ("sr_ste/bf16/int8/exact", "cast/fp32/fp32/exact"),
     "others": (
-        "lion/bf16_split16/int8_companded/exact",
-        "adam/bf16_sr/fp8/exact",
+        "adam/fp16/fp8/exact",
+        "lion/bf16_split16/fp32/exact",
+        "adam/bf16_sr/int4/exact",
         "sgd_momentum/fp16_kahan/bf16_sr/exact",
+        "lion/bf16_kahan/fp16/exact",
     ),
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused_optim
 from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.masking import GROUPS, masked
 from fused_optim.kernels.reference import masking as reference
@@ -15,6 +16,7 @@ from fused_optim.kernels.reference.codecs import CODECS as REFERENCE
 from fused_optim.kernels.reference.philox import Stream
 from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.triton import driver
+from fused_optim.sparsity import CAST
 from tests import cases
 from tests.cases import Case, Target, assert_same_bits, normal
 from tests.test_product import _compare
@@ -38,6 +40,20 @@ def _weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     flat[5::13] = -torch.inf
     flat[3::11] = torch.nan
     return x.to(dtype)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cast_looks_at_the_mask(target: Target) -> None:
+    """Its rule asks for the mask, also in the form that the class makes of it."""
+    params = [normal((33, 64), torch.float32, 7).to(device) for device in (target.device, "cpu")]
+    for param, backend in zip(params, (target.backend, "reference"), strict=True):
+        param.requires_grad_().grad = normal((33, 64), torch.float32, 8).to(param.device)
+        optimizer = fused_optim.CASTAdamS(
+            [param], lr=0.1, backend=backend, sparsity=CAST(total_steps=4), arithmetic="exact"
+        )
+        for _ in range(3):
+            optimizer.step()
+    assert_same_bits(*params)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -94,7 +94,7 @@ def _rule(rule: Rule) -> tuple[Any, ...]:
         return masking.unmasked, getattr(rules, rule.name)
     inner, function = rule.inner, getattr(rules, rule.inner.name)
     # Only cast_adam looks at the mask.
-    counts = len(inner.scalars), len(inner.slots), inner is CAST_ADAM
+    counts = len(inner.scalars), len(inner.slots), inner.name == CAST_ADAM.name
     return masking.masked, function, *counts, rule.group, keeps_dense(rule)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INTERPRETED
-from .codecs import _from_bf16, _to_bf16
+from .codecs import from_bf16, to_bf16
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _pointers(source, batch, rows, columns):
 @triton.jit
 def _fp32(x):
     if INTERPRETED and x.dtype == tl.bfloat16:
-        return _from_bf16(x.to(tl.uint16, bitcast=True))
+        return from_bf16(x.to(tl.uint16, bitcast=True))
     else:
         return x.to(tl.float32)
 
@@ -71,7 +71,7 @@ def _fp32(x):
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
-        return _to_bf16(x).to(tl.bfloat16, bitcast=True)
+        return to_bf16(x).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
 

@@ -58,8 +58,8 @@ struct int8 : BlocksOf<256, 8, 32> {
 
   static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
   static FO_INLINE U code(F n, const char* table) {
-    U index = nearest<true>(as_float(magnitude(n)), table);
-    return select(n < F(0.0f), U(127u) - at_most(index, U(127u)), U(127u) + index);
+    U sum = step(n, table);
+    return (sum >> 16) ^ (U(0u) - (sum >> 31));
   }
 };
 
@@ -67,9 +67,7 @@ struct int8_unsigned : BlocksOf<256, 8, 32> {
   static constexpr bool lookup = true;
 
   static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
-  static FO_INLINE U code(F n, const char* table) {
-    return code_above_zero(n, nearest<false>(not_negative(n), table));
-  }
+  static FO_INLINE U code(F n, const char* table) { return step(n, table) >> 16; }
 };
 
 // Even steps of n / (1 + |n|), which is steeper near zero.

@@ -72,7 +72,6 @@ FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
 // Of the lower half of `a`.
 FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
 FO_INLINE F look_up(const float* table, U index) { return __ldg(table + index); }
-FO_INLINE U look_up(const uint8_t* table, U index) { return __ldg(table + index); }
 FO_INLINE F pick(const float (&table)[16], U index) { return table[index]; }
 FO_INLINE H float_to_bfloat(F x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 FO_INLINE F half_to_float(H x) { return __half2float(__ushort_as_half(x)); }

@@ -42,11 +42,6 @@ FO_INLINE F to_float(U x) {
   FO_EACH_PART r.part[i] = __builtin_convertvector(as_signed(x).part[i], F::Part);
   return r;
 }
-FO_INLINE U truncate(F x) {
-  U r;
-  FO_EACH_PART r.part[i] = reinterpret_cast<U::Part>(__builtin_convertvector(x.part[i], Ints::Part));
-  return r;
-}
 // Ties to even.
 FO_INLINE U round_to_integer(F x) {
   U r;
@@ -162,27 +157,6 @@ FO_INLINE F look_up(const float* table, U index) {
 #endif
   return r;
 }
-// The table must go on for three bytes behind the last entry.
-FO_INLINE U look_up(const uint8_t* table, U index) {
-  U r;
-#if defined(__AVX512F__)
-  __m512i at = reinterpret_cast<__m512i>(index.part[0]);
-  r.part[0] =
-      reinterpret_cast<U::Part>(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), ALL, at, table, 1));
-#elif defined(__AVX2__)
-  FO_EACH_PART {
-    __m256i at = reinterpret_cast<__m256i>(index.part[i]);
-    r.part[i] = reinterpret_cast<U::Part>(_mm256_mask_i32gather_epi32(
-        _mm256_setzero_si256(), reinterpret_cast<const int*>(table), at, _mm256_set1_epi32(-1), 1));
-  }
-#else
-  FO_EACH_PART for (int lane = 0; lane < LANES / PARTS; ++lane) {
-    r.part[i][lane] = table[index.part[i][lane]];
-  }
-#endif
-  return r & U(0xffu);
-}
-
 // By the four lowest bits of the index.
 FO_INLINE F pick(const float (&table)[16], U index) {
 #if defined(__AVX512F__)

@@ -1,9 +1,7 @@
 """Constant tables that kernels look values up in, built once in NumPy and kept per device.
 
-A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value), ``middle`` (256
-floats: a magnitude above ``middle[i]`` belongs to index ``i + 1``), ``guess`` (bytes: from a magnitude's
-exponent and upper 7 mantissa bits to an index that is right or one too low), ``steps`` (64 Ki words: from
-the upper half of a number's bits to what makes the sum with all of them show its code).
+A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value) and ``steps`` (64 Ki
+words: from the upper half of a number's bits to what makes the sum with all of them show its code).
 """
 
 from __future__ import annotations
@@ -16,12 +14,7 @@ from torch import Tensor
 
 Array = np.ndarray
 
-GUESS_BASE = (127 - 24) << 7
-"""``bits >> 16`` of 2**-24, the least magnitude with a guess of its own."""
-
-GUESSES = 24 * 128 + 1
-
-STEPS = 5136
+STEPS = 1024
 """Where ``steps`` begin, in bytes."""
 
 
@@ -92,15 +85,7 @@ def _steps(signed: bool) -> Array:
 
 
 def _dynamic(signed: bool) -> Array:
-    bounds = np.full(256, np.inf, np.float32)
-    inner = middles(magnitudes(signed))
-    bounds[: len(inner)] = inner
-    bits = np.maximum(np.arange(GUESSES, dtype=np.uint32) + GUESS_BASE, 1) << np.uint32(16)
-    guess = np.searchsorted(inner, bits.view(np.float32), side="left").astype(np.uint8)
-    guess[0] = 0
-    parts = [dynamic_map(signed).view(np.uint8), bounds.view(np.uint8), guess]
-    parts.append(np.zeros(STEPS - sum(map(len, parts)), np.uint8))
-    return np.concatenate([*parts, _steps(signed).view(np.uint8)])
+    return np.concatenate([dynamic_map(signed).view(np.uint8), _steps(signed).view(np.uint8)])
 
 
 SIGNED_FOUR_BITS: tuple[float, ...] = (

@@ -11,6 +11,7 @@ COMMANDS = {
     "masks": "time the search for N:M masks, and masked steps",
     "sparse_learning": "train with every recipe for N:M sparsity, and compare what they learn",
     "static": "count what the compiled GPU kernels do, without a GPU",
+    "static_cuda": "count what the CUDA C++ kernels of the built library take, without a GPU",
     "products": "time the matrix products beside torch.matmul on a GPU",
     "static_products": "count what their compiled kernels do, without a GPU",
     "report": "draw every result file: one HTML page and its charts",

@@ -13,14 +13,18 @@ from .record import Record, add_out, begin, save
 from .tables import Table, rounded, show, show_circumstances, target_table
 from .timing import Call, Samples, interleave, ratio
 
+SPEEDS = ("TFLOP/s", "of matmul")
+"""Columns of what has products of matrices."""
+
 
 @dataclass
 class Contender:
-    """Something to time, and what it is off by."""
+    """Something to time, what it is off by, and how many operations its matrix products have."""
 
     label: str
     call: Callable[[], Any]
     error: Callable[[], float] | None = None
+    flops: int | None = None
 
 
 @dataclass
@@ -34,12 +38,16 @@ class Absent:
 
 @dataclass
 class Case:
-    """Contenders for the same work; ``limits`` bounds the first one's time by that of another."""
+    """Contenders for the same work; ``limits`` bounds the first one's time by that of another.
+
+    ``matmuls`` are timed as well: the fastest of them is what the contenders' operations are compared with.
+    """
 
     name: str
     contenders: list[Contender]
     limits: dict[str, float] = field(default_factory=dict)
     absent: Sequence[Absent] = ()
+    matmuls: Sequence[Contender] = ()
 
 
 Suites = Mapping[str, Callable[[argparse.Namespace, torch.device], list[Case]]]
@@ -47,19 +55,59 @@ Suites = Mapping[str, Callable[[argparse.Namespace, torch.device], list[Case]]]
 
 def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
     """Times the contenders in turn; returns what goes into the JSON."""
-    calls = [Call(contender.label, device, contender.call) for contender in case.contenders]
-    for call in calls:
+    calls, matmuls = (
+        [Call(contender.label, device, contender.call) for contender in group]
+        for group in (case.contenders, case.matmuls)
+    )
+    everything = [*calls, *matmuls]
+    for call in everything:
         call.call()
-    interleave(calls, rounds, budget, None, least=1)
+    # The contenders' share of the budget is what it was without the matmuls.
+    interleave(everything, rounds, budget * len(everything) / len(calls), None, least=1)
+    rates = [_tflops(*pair) for pair in zip(case.matmuls, matmuls, strict=True)]
+    fastest = rates.index(max(rates)) if rates else None
     rows = []
     for contender, call in zip(case.contenders, calls, strict=True):
         error = None if contender.error is None else float(f"{contender.error():.3g}")
         ms = rounded(call.time.summary())
-        rows.append({"label": contender.label, "status": "ok", "ms": ms, "error": error})
+        row: dict[str, Any] = {"label": contender.label, "status": "ok", "ms": ms, "error": error}
+        if fastest is not None and contender.flops is not None:
+            row |= _of_matmul(contender, call, case.matmuls[fastest], matmuls[fastest])
+        rows.append(row)
     rows += [asdict(absent) for absent in case.absent]
     times: dict[str, Samples] = {call.label: call.time for call in calls}
     targets = [_target(against, limit, calls[0].time, times) for against, limit in case.limits.items()]
-    return {"name": case.name, "rounds": rounds, "rows": rows, "targets": targets}
+    record = {"name": case.name, "rounds": rounds, "rows": rows, "targets": targets}
+    if rates:
+        record["matmuls"] = [
+            {
+                "label": contender.label,
+                "ms": rounded(call.time.summary()),
+                "flops": contender.flops,
+                "tflop_per_s": round(rate, 4),
+            }
+            for contender, call, rate in zip(case.matmuls, matmuls, rates, strict=True)
+        ]
+    return record
+
+
+def _tflops(contender: Contender, call: Call) -> float:
+    assert contender.flops is not None
+    return contender.flops / call.time.median / 1e9
+
+
+def _of_matmul(contender: Contender, call: Call, matmul: Contender, its_call: Call) -> dict[str, Any]:
+    """A contender's speed and its share of a matmul's, with the quartiles within rounds."""
+    assert contender.flops is not None and matmul.flops is not None
+    work = contender.flops / matmul.flops
+    share, q1, q3 = (round(work * time, 4) for time in ratio(its_call.time, call.time))
+    rate = round(_tflops(contender, call), 4)
+    return {
+        "flops": contender.flops,
+        "tflop_per_s": rate,
+        "of_matmul": share,
+        "of_matmul_quartiles": [q1, q3],
+    }
 
 
 def _target(against: str, limit: float, ours: Samples, times: Mapping[str, Samples]) -> dict[str, Any]:
@@ -75,25 +123,30 @@ def _target(against: str, limit: float, ours: Samples, times: Mapping[str, Sampl
 def table(record: dict[str, Any]) -> Table:
     """One case for people: times, ratios to the first contender, errors."""
     first = record["rows"][0]["ms"]["median"]
+    matmuls = record.get("matmuls", [])
+    header = ["case", "median ms", "min", "q1–q3", "ours/this", *(SPEEDS if matmuls else ()), "error"]
     lines = []
     for row in record["rows"]:
         if row["status"] != "ok":
-            lines.append([row["label"], *[""] * 4, f"{row['status']}: {row['reason']}"])
+            lines.append([row["label"], *[""] * (len(header) - 2), f"{row['status']}: {row['reason']}"])
             continue
-        ms = row["ms"]
         error = "" if row["error"] is None else f"{row['error']:.1e}"
-        lines.append(
-            [
-                row["label"],
-                f"{ms['median']:.4g}",
-                f"{ms['min']:.4g}",
-                f"{ms['q1']:.4g}–{ms['q3']:.4g}",
-                f"{first / ms['median']:.3g}",
-                error,
-            ]
-        )
-    header = ["case", "median ms", "min", "q1–q3", "ours/this", "error"]
+        against = f"{first / row['ms']['median']:.3g}"
+        lines.append([row["label"], *_times(row), against, *(speeds(row) if matmuls else []), error])
+    for row in matmuls:
+        lines.append([row["label"], *_times(row), "", *speeds(row), ""])
     return Table(f"{record['name']}: {record['rounds']} rounds", header, lines)
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    ms = row["ms"]
+    return [f"{ms['median']:.4g}", f"{ms['min']:.4g}", f"{ms['q1']:.4g}–{ms['q3']:.4g}"]
+
+
+def speeds(row: dict[str, Any]) -> list[str]:
+    """The cells of ``SPEEDS``."""
+    share = f"{row['of_matmul']:.0%}" if "of_matmul" in row else ""
+    return [f"{row['tflop_per_s']:.3g}" if "tflop_per_s" in row else "", share]
 
 
 def parser_of(command: str, description: str | None, suites: Suites) -> argparse.ArgumentParser:

@@ -49,6 +49,7 @@ KINDS: Mapping[str, Callable[[Record], bool]] = {
     "times": _rows_with("label", "ms"),
     "base": lambda result: result.get("kind") == "base" and bool(result["cases"]),
     "static": _kernels_with("share"),
+    "static_cuda": _kernels_with("rule"),
     "static_products": _kernels_with("tensor_clocks"),
     "products": lambda result: result.get("kind") == "products" and bool(result["cases"]),
 }

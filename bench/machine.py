@@ -27,7 +27,7 @@ PACKAGES = (
         "lion-pytorch",
         "pytorch-optimizer",
     ),
-    *("heavyball", "flashoptim", "deepspeed", "muonium", "gram-newton-schulz"),
+    *("heavyball", "flashoptim", "deepspeed", "muonium", "gram-newton-schulz", "flash-muon", "quack-kernels"),
 )
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("fused_optim", "kernels", "csrc", "bench", ":!bench/results")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,15 +81,14 @@ def first_changes(gradients: Sequence[Tensor]) -> dict[int, Tensor]:
     }
 
 
-def admit(
-    label: str, peer: Peer, gradients: Sequence[Tensor], expected: Mapping[int, Tensor]
+def checked(
+    label: str, check: Callable[[], tuple[Callable[[], Any], float]], flops: int | None = None
 ) -> Contender | Absent:
-    """A contender whose first step is right, or the reason to leave it out."""
+    """A contender if ``check`` returns what to call and a small error, or the reason to leave it out."""
     try:
-        steps = Steps(peer, gradients)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            error = steps.check(expected)
+            call, error = check()
     except MissingPeerError as missing:
         return Absent(label, "missing", str(missing))
     except Exception as failure:
@@ -96,7 +96,19 @@ def admit(
         return Absent(label, "failed", f"{type(failure).__name__}: {failure}"[:300])
     if not error <= ALLOWED_ERROR:
         return Absent(label, "wrong", f"relative error {error:.1e}, allowed {ALLOWED_ERROR:.0e}")
-    return Contender(label, steps.step, lambda: error)
+    return Contender(label, call, lambda: error, flops)
+
+
+def admit(
+    label: str, peer: Peer, gradients: Sequence[Tensor], expected: Mapping[int, Tensor]
+) -> Contender | Absent:
+    """A contender whose first step is right, or the reason to leave it out."""
+
+    def check() -> tuple[Callable[[], Any], float]:
+        steps = Steps(peer, gradients)
+        return steps.step, steps.check(expected)
+
+    return checked(label, check)
 
 
 def whole_step(args: argparse.Namespace, device: torch.device) -> list[Case]:

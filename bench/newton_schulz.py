@@ -14,7 +14,9 @@ from torch.optim import _muon
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
-from .comparison import Case, Contender, compare, parser_of
+from . import ceiling
+from .comparison import Absent, Case, Contender, compare, parser_of
+from .iterations import ITERATIONS, admit
 from .muons import JORDAN, distance, polynomials, whole_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,22 +74,42 @@ def _worst(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> f
 
 
 def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
-    """All hidden matrices of a Llama: four d × d and three of d × d_ff a layer."""
+    """All hidden matrices of a Llama, four d × d and three of d × d_ff a layer, and the matmuls' speed."""
     d, d_ff, layers = args.width, 4 * args.width, args.layers
     shapes = [(4 * layers, d, d), (3 * layers, d_ff, d)]
     batches = [torch.randn(shape, device=device) for shape in shapes]
+    products = [ceiling.Products(X) for X in batches]
     limits = {"torch.optim.Muon": 0.5 if device.type == "cuda" else 0.75}
     cases = []
-    for name, chosen in {"all": batches, f"{d}x{d}": batches[:1], f"{d_ff}x{d}": batches[1:]}.items():
+    parts = {"all": slice(None), f"{d}x{d}": slice(1), f"{d_ff}x{d}": slice(1, None)}
+    for name, part in parts.items():
+        chosen = batches[part]
         contenders = [
             Contender(
-                label, partial(_in_batches, chosen, form), partial(_worst, partial(_ours, form=form), chosen)
+                label,
+                partial(_in_batches, chosen, form),
+                partial(_worst, partial(_ours, form=form), chosen),
+                ceiling.ours(chosen, JORDAN, form),
             )
             for label, form in (("fused_optim", "auto"), ("fused_optim, standard form", "standard"))
         ]
-        theirs = Contender("torch.optim.Muon", partial(_one_by_one, chosen), partial(_worst, _torchs, chosen))
+        contenders.append(
+            Contender(
+                "torch.optim.Muon",
+                partial(_one_by_one, chosen),
+                partial(_worst, _torchs, chosen),
+                ceiling.full(chosen),
+            )
+        )
+        found = [admit(label, peer, chosen) for label, peer in ITERATIONS.items()]
         cases.append(
-            Case(f"muon {name}, {layers} layers", [*contenders, theirs], limits if name == "all" else {})
+            Case(
+                f"muon {name}, {layers} layers",
+                contenders + [one for one in found if isinstance(one, Contender)],
+                limits if name == "all" else {},
+                [one for one in found if isinstance(one, Absent)],
+                ceiling.matmuls(products[part]),
+            )
         )
     return cases
 

@@ -31,6 +31,18 @@ class MissingPeerError(Exception):
     """A peer that cannot run here, and why."""
 
 
+def imported(package: str, module: str, name: str) -> Any:
+    """What a package has under a name, with dots where modules hold it.
+
+    Raises:
+        MissingPeerError: it is not installed.
+    """
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except ImportError as error:
+        raise MissingPeerError(f"{package} is not installed ({error})") from None
+
+
 @dataclass(frozen=True)
 class Peer:
     """Another library's classes by the catalogue's rule names; options stay with the adapter.
@@ -61,10 +73,7 @@ class Peer:
             raise MissingPeerError(f"{self.package} runs on {self.device}, not on {', '.join(elsewhere)}")
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            try:
-                cls = operator.attrgetter(self.classes[rule])(importlib.import_module(self.module))
-            except ImportError as error:
-                raise MissingPeerError(f"{self.package} is not installed ({error})") from None
+            cls = imported(self.package, self.module, self.classes[rule])
             accepted = inspect.signature(cls).parameters
             named = {self.names.get(name, name): value for name, value in hyper.items()}
             shared = {name: value for name, value in named.items() if name in accepted}

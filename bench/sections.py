@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import charts, learning_sections
 from .charts import Bar, Group, Line
+from .comparison import SPEEDS, speeds
 from .found import Record, Result, circumstances, on_gpu
 from .section import Section
+from .static_cuda import table as cuda_table
 from .static_products import Report
 from .static_products import table as products_table
 from .tables import NOTE, Table, case_table
@@ -170,14 +173,16 @@ def step(result: Result, stem: Path) -> Section:
 
 
 def _ms_table(title: str, rows: Sequence[Record]) -> Table:
-    header = ["contender", "median ms", "q1–q3", "rounds", "error"]
+    fast = [any("tflop_per_s" in row for row in rows)] * len(SPEEDS)
+    header = ["contender", "median ms", "q1–q3", "rounds", *itertools.compress(SPEEDS, fast), "error"]
     lines = []
     for row in rows:
         if not _timed(row):
-            lines.append([row["label"], *[""] * 3, f"{row['status']}: {row['reason']}"])
+            lines.append([row["label"], *[""] * (len(header) - 2), f"{row['status']}: {row['reason']}"])
             continue
         ms, error = row["ms"], row.get("error")
         times = [f"{ms['median']:.4g}", f"{ms['q1']:.4g}–{ms['q3']:.4g}", str(ms["n"])]
+        times += itertools.compress(speeds(row), fast)
         lines.append([row["label"], *times, "" if error is None else f"{error:.1e}"])
     return Table(title, header, lines)
 
@@ -204,7 +209,10 @@ def times(result: Result, stem: Path) -> Section:
     label = ERRORS.get(data.get("kind", ""), "relative error against float64")
     label += " (logarithmic; none or not measured: no point)"
     section.draw(Path(f"{stem}-errors"), errors, "Errors", charts.errors, label)
-    section.tables = [_ms_table(f"{case['name']}: {case['rounds']} rounds", case["rows"]) for case in cases]
+    section.tables = [
+        _ms_table(f"{case['name']}: {case['rounds']} rounds", [*case["rows"], *case.get("matmuls", ())])
+        for case in cases
+    ]
     return section
 
 
@@ -248,6 +256,13 @@ def static_products(result: Result, stem: Path) -> Section:
     return section
 
 
+def static_cuda(result: Result, stem: Path) -> Section:
+    """What the CUDA C++ kernels take."""
+    section = Section("Compiled CUDA C++ kernels", circumstances(result.data))
+    section.tables = [cuda_table(result.data["kernels"])]
+    return section
+
+
 def parts(result: Result, stem: Path) -> Section:
     """What became of the parts of ``bench/gpu.sh``."""
     data = result.data
@@ -283,6 +298,7 @@ SECTIONS: Mapping[str, Callable[[Result, Path], Section]] = {
     "base": base,
     "products": products,
     "static": static,
+    "static_cuda": static_cuda,
     "static_products": static_products,
 }
 """What draws each of ``found.KINDS``."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_optim
+from bench import static_cuda
 from fused_optim.kernels import dispatch
 from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.launch import Driver
@@ -223,45 +224,33 @@ def test_built_where_nvcc_is() -> None:
     assert library.path("cuda") is not None
 
 
-def _cuobjdump() -> str | None:
-    triton = pytest.importorskip(
-        "triton", reason="needs the cuobjdump of Triton's wheel or of the CUDA toolkit"
-    )
-    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(own) if own.exists() else shutil.which("cuobjdump")
-
-
 @pytest.fixture(scope="module")
 def compiled() -> tuple[str, Path]:
     """A program that reads compiled CUDA code, and the library."""
-    file, tool = library.path("cuda"), _cuobjdump()
-    if file is None or tool is None:
-        pytest.skip("libfused_optim_cuda.so was not built" if file is None else "there is no cuobjdump")
-    return tool, file
-
-
-def _dump(compiled: tuple[str, Path], *options: str) -> str:
-    tool, file = compiled
-    return subprocess.run([tool, *options, file], check=True, capture_output=True, text=True).stdout
+    try:
+        return static_cuda.cuobjdump(), static_cuda.built()
+    except static_cuda.MissingToolError as missing:
+        pytest.skip(str(missing))
 
 
 def test_no_kernel_spills(compiled: tuple[str, Path]) -> None:
     """Neither stack nor local memory on any architecture; every rule in both arithmetics."""
-    usage = re.findall(
-        r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _dump(compiled, "-res-usage")
-    )
-    steps = [name for name, *_ in usage if re.search("step_(coded_|masked_)?kernel", name)]
-    architectures = len([name for name, *_ in usage if "square_sum_kernel" in name])
+    usage = list(static_cuda.usages(static_cuda.dump(*compiled, "-res-usage")))
+    steps = [entry for entry in usage if re.search("step_(coded_|masked_)?kernel", entry.function)]
+    architectures = len([entry for entry in usage if "square_sum_kernel" in entry.function])
     # One for plain codecs, one for all codecs, one with a mask; cast_adam has only this.
     assert len(steps) == architectures * (3 * len(RULES) + 1) * 2 > 0
-    spilling = [entry for entry in usage if entry[2:] != ("0", "0")]
+    assert sum(entry.exact for entry in steps) == len(steps) / 2
+    spilling = [entry for entry in usage if entry.resources["STACK"] or entry.resources["LOCAL"]]
     assert not spilling, spilling
 
 
 def test_whole_tiles_move_in_16_bytes(compiled: tuple[str, Path]) -> None:
     """Of every plane of plain codecs: two accesses for the one of 4 bytes, one for each of 2 bytes."""
-    names = sorted(set(re.findall(r"Function (\S*11step_kernel\S*):", _dump(compiled, "-res-usage"))))
-    sass = _dump(compiled, "-sass", "-arch", "sm_90", "-fun", ",".join(names))
+    names = sorted(
+        set(re.findall(r"Function (\S*11step_kernel\S*):", static_cuda.dump(*compiled, "-res-usage")))
+    )
+    sass = static_cuda.dump(*compiled, "-sass", "-arch", "sm_90", "-fun", ",".join(names))
     functions = re.split(r"\n\s*Function : ", sass)[1:]
     for rule in RULES.values():
         own = [f for f in functions if f"{len(rule.name)}{rule.name}E" in f.partition("\n")[0]]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import comparison, muons, newton_schulz, verify
+from bench import ceiling, comparison, iterations, muons, newton_schulz, verify
 from bench.comparison import Absent
 from bench.comparison import Contender as Timed
+from bench.iterations import ITERATIONS
 from bench.muons import JORDAN, MUONS
 from bench.peers import PEERS, Contender, MissingPeerError, Peer
 from bench.run import Gradients, Run
@@ -138,6 +139,38 @@ def _grouped_muon(
     return made
 
 
+def _fast_newtonschulz(G: Tensor, steps: int) -> Tensor:
+    assert G.ndim == 2
+    return muons.polynomials(G, steps).bfloat16()
+
+
+def _gemm_symmetric(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    dynamic_scheduler: bool = False,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    assert A.shape == B.mT.shape and out is None and out_dtype is None
+    return alpha * (A @ B) if C is None else torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+
+
+def _gemm_add(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    tuned: bool = True,
+) -> Tensor:
+    return torch.baddbmm(C, A, B, beta=beta, alpha=alpha)
+
+
 MODULES: Mapping[str, Any] = {
     "deepspeed.ops": SimpleNamespace(
         adam=SimpleNamespace(DeepSpeedCPUAdam=_deepspeed_adam),
@@ -146,6 +179,8 @@ MODULES: Mapping[str, Any] = {
     "muonium": SimpleNamespace(Muon=_muonium),
     "gram_newton_schulz": SimpleNamespace(Muon=_gram_muon),
     "pytorch_optimizer": SimpleNamespace(Muon=_grouped_muon),
+    "flash_muon": SimpleNamespace(fast_newtonschulz=_fast_newtonschulz),
+    "quack.gemm_interface": SimpleNamespace(gemm_symmetric=_gemm_symmetric, gemm_add=_gemm_add),
 }
 
 
@@ -249,6 +284,37 @@ def test_muons_are_given_the_same_hyperparameters() -> None:
         # Gradients are shared: muonium's look-ahead would change them.
         expected = {**renamed, "nesterov": False, "cautious": False} if name == "muonium" else renamed
         assert made == expected
+
+
+BATCHES = [torch.randn(2, 32, 48), torch.randn(3, 48, 32)]
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_iterations_of_other_kernels(name: str) -> None:
+    """They are Jordan's five steps of every matrix; other work is not timed, other devices are reported."""
+    peer = replace(ITERATIONS[name], device="cpu")
+    found = iterations.admit(name, peer, BATCHES)
+    assert isinstance(found, Timed) and found.error is not None and found.error() <= 0.03
+    assert found.flops == ceiling.triangles(BATCHES)
+    found.call()
+    for X in BATCHES:
+        for made, matrix in zip(peer.found(X)(X), X, strict=True):
+            assert muons.distance(made, muons.polynomials(matrix, 5)) <= 0.03
+    wrong = replace(peer, make=lambda *functions: lambda X: [-Y for Y in peer.make(*functions)(X)])
+    refused = iterations.admit(name, wrong, BATCHES)
+    assert isinstance(refused, Absent) and refused.status == "wrong"
+    elsewhere = iterations.admit(name, ITERATIONS[name], BATCHES)
+    assert elsewhere == Absent(name, "missing", f"{peer.package} runs on cuda, not on cpu")
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_missing_iterations_have_reasons(name: str) -> None:
+    peer = replace(ITERATIONS[name], device="cpu")
+    found = iterations.admit(name, peer, BATCHES)
+    assert isinstance(found, Absent) and found.status == "missing"
+    assert found.reason.startswith(f"{peer.package} is not installed (")
 
 
 @pytest.mark.usefixtures("no_packages")

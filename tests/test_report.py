@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import charts, found, learning_sections, report, sections, static_products
+from bench import charts, found, learning_sections, report, sections, static_cuda, static_products
 from bench.section import Section
 from fused_optim.training import plan
 from fused_optim.training.plan_report import as_json
@@ -172,13 +172,21 @@ def _files() -> dict[str, Any]:
     }
     absent = {"label": "muonium", "status": "missing", "reason": "muonium runs on cuda, not on cpu"}
     timed = [{"label": name, "status": "ok", "ms": ms, "error": 0.01} for name in ("fused_optim", "peer")]
+    timed[0] |= {"tflop_per_s": 0.25, "of_matmul": 0.625}
+    matmul = {"label": "torch.bmm, one step", "ms": ms, "tflop_per_s": 0.4}
     unmeasured = {"kind": "ratio", "against": "muonium", "limit": 0.5, "measured": None, "met": None}
     return {
         "times": {
             "kind": "newton_schulz",
             "machine": machine,
             "cases": [
-                {"name": "Muon.step()", "rounds": 3, "rows": [*timed, absent], "targets": [unmeasured]}
+                {
+                    "name": "Muon.step()",
+                    "rounds": 3,
+                    "rows": [*timed, absent],
+                    "targets": [unmeasured],
+                    "matmuls": [matmul],
+                }
             ],
         },
         "products": {
@@ -206,6 +214,11 @@ def _files() -> dict[str, Any]:
             "kind": "static",
             "machine": machine,
             "kernels": [{**kernel, "arithmetic": kind, "share": 0.3} for kind in ("exact", "fast")],
+        },
+        "static_cuda": {
+            "kind": "static_cuda",
+            "machine": machine,
+            "kernels": [asdict(static_cuda.Report("step", "adam", "exact", 90, 64, 0, 0, 1234))],
         },
         "static_products": {
             "kind": "static_products",
@@ -258,7 +271,12 @@ def test_other_kinds_are_shown_or_named(
         "missing: muonium runs on cuda, not on cpu",
         "This version beside main",
         "A processor, 3 cores",
+        "of matmul",
+        "62%",
+        "torch.bmm, one step",
         "Compiled kernels, sm_90",
+        "Compiled CUDA C++ kernels",
+        "1234",
         "4xwgmma.m64n128k16",
         "sr-ste diverged: it is not in the chart",
         "seed 3. The table's losses are of 4096 bytes",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import ceiling
 from bench import newton_schulz as newton_schulz_bench
 from fused_optim.kernels.spectral import newton_schulz, products
 from fused_optim.kernels.spectral.coefficients import schedule
@@ -172,7 +174,26 @@ def test_refusals_say_what_to_do(case: tuple[type[Exception], str, Any]) -> None
         call()
 
 
-def test_benchmark_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(2, 16, 40), (1, 40, 16), (2, 300, 900), (1, 288, 288)])
+def test_benchmark_counts_operations(shape: tuple[int, int, int]) -> None:
+    """As torch counts them; a whole iteration is five steps of the matmuls that bound it."""
+    X = torch.randn(shape)
+
+    def counted(call: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    assert ceiling.full([X, X]) == 2 * counted(lambda: [newton_schulz_bench._torchs(x) for x in X])
+    for form in ("auto", "standard", "gram"):
+        expected = counted(partial(newton_schulz_bench._ours, X, form))
+        assert ceiling.ours([X], newton_schulz_bench.JORDAN, form) == expected
+    for matmul in ceiling.matmuls([ceiling.Products(X)]):
+        assert matmul.flops == counted(matmul.call) == ceiling.full([X]) / 5
+    assert ceiling.full([X]) / 2 < ceiling.triangles([X]) < ceiling.full([X])
+
+
+def test_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tiny matrices through every suite: what it writes holds errors, times and targets."""
     out = tmp_path / "result.json"
     assert newton_schulz_bench.main(["--quick", "--ratios", "30", "--device", "cpu", "--out", str(out)]) == 0
@@ -182,5 +203,14 @@ def test_benchmark_runs(tmp_path: Path) -> None:
     assert {target["against"] for target in cases["muon all, 1 layers"]["targets"]} == {"torch.optim.Muon"}
     ours, theirs, _ = cases["soft clip 48x64 fp32, ratio 30"]["rows"]
     assert ours["error"] < 1e-4 < theirs["error"] and ours["ms"]["n"] == 3
+    muon = cases["muon 256x64, 1 layers"]
+    labels = {row["label"] for row in muon["rows"] if row["status"] == "ok"}
+    fastest = max(matmul["tflop_per_s"] for matmul in muon["matmuls"])
+    for row in muon["rows"]:
+        assert ("of_matmul" in row) == (row["label"] in labels)
+        if row["label"] in labels:
+            assert row["of_matmul"] == pytest.approx(row["tflop_per_s"] / fastest, rel=0.05)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "TFLOP/s of matmul" in printed and "torch.bmm, one step" in printed
     with pytest.raises(SystemExit, match="unknown suites x; known: muon, step, clip, products"):
         newton_schulz_bench.main(["--suites", "x"])

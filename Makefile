@@ -8,6 +8,12 @@ ARGS ?=
 python := $(VENV)/bin/python
 # Bytecode waits for the first import: for all of torch and transformers it is most of an installation.
 pip := $(python) -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# Without any, every process of the tests would compile torch anew. It lies apart for those who want none
+# beside sources (many images of Python do).
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/bytecode
+endif
 inputs := pyproject.toml constraints.txt $(wildcard csrc/*)
 
 .PHONY: help test pretrain check bench clean

@@ -70,6 +70,12 @@ class FusedOptimizer(Optimizer, ABC):
 
     Subclasses pass their defaults to this constructor and implement :meth:`_rule`; those of the
     subclasses change nothing but options (``_preset``).
+
+    Example:
+        >>> import torch, fused_optim
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> isinstance(fused_optim.Lion([weight]), fused_optim.FusedOptimizer)
+        True
     """
 
     _preset: ClassVar[Options] = {}

@@ -70,6 +70,12 @@ class Sparsity(ABC):
             give the optimizer ``model.named_parameters()``).
         dim: the dimension along which groups lie, if it is not that of the inputs.
         strict: refuse parameters whose width is no multiple of ``m`` instead of leaving them dense.
+
+    Example:
+        >>> from fused_optim.sparsity import SRSTE, Sparsity
+        >>> recipe = SRSTE(n=1, apply_to=["layers.*.weight"])
+        >>> isinstance(recipe, Sparsity), recipe.n, recipe.m
+        (True, 1, 4)
     """
 
     n: int = 2

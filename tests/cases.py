@@ -226,6 +226,11 @@ def wild(numel: int, dtype: torch.dtype, seed: int, step: int = 1) -> Tensor:
 def tame(numel: int, dtype: torch.dtype, seed: int, step: int = 1) -> Tensor:
     """Gradients whose squares are finite, for states whose blocks share their NaN: among them zeros,
     denormals and blocks of very different size."""
+    return _tame(numel, dtype, seed, step).clone()
+
+
+@cache
+def _tame(numel: int, dtype: torch.dtype, seed: int, step: int) -> Tensor:
     values = normal(numel, dtype, 1000 * seed + step).float()
     values *= 10.0 ** -(torch.arange(numel) // 300 % 9).float()
     values[torch.arange(numel) % 11 == 3] = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 from typing import Any
 
 import torch
@@ -113,21 +112,16 @@ def through_helpers(model: torch.nn.Module, make: Any, **options: Any) -> tuple[
     return optimizer, params, loaded, others
 
 
-def shards_through_helpers(rank: int, port: int, cases: list[tuple[str, dict[str, Any]]]) -> None:
-    """What one of two processes does: FSDP2, in shards, whole and flat."""
-    import torch.distributed as dist
+def shards_through_helpers(cases: list[tuple[torch.dtype, dict[str, Any]]]) -> None:
+    """What each process of a group does: FSDP2, in shards, whole and flat."""
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     for dtype, options in cases:
         for how in ({}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}):
             torch.manual_seed(0)
-            model = torch.nn.Linear(65, 65).to(getattr(torch, dtype))
+            model = torch.nn.Linear(65, 65).to(dtype)
             fully_shard(model)
             _same_shards(model, options, how)
-    dist.destroy_process_group()
 
 
 def _same_shards(model: torch.nn.Module, options: dict[str, Any], how: dict[str, Any]) -> None:

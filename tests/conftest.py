@@ -6,16 +6,38 @@ import gc
 import os
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Triton decides between compiler and interpreter when it is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # NumPy's threads, too, would wait for those of other workers. It reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@cache
+def has_gpu() -> bool:
+    """Whether torch sees one; not asked where nothing runs, for to import torch takes seconds."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _only_distributes(config: pytest.Config) -> bool:
+    """Whether all tests run in other processes, pytest-xdist's workers."""
+    return config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses between Triton's compiler and its interpreter, which Triton does when it is imported."""
+    if _only_distributes(config):
+        return
+    if not has_gpu():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _quicken_the_interpreter()
 
 
 def _quicken_the_interpreter() -> None:
@@ -39,13 +61,9 @@ def _quicken_the_interpreter() -> None:
     interpreter._patch_lang = patch_unless_patched
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    _quicken_the_interpreter()
-
-
 BUILDERS = {
     *("test_cuda.py", "test_learning.py", "test_packaging.py", "test_report.py"),
-    *("test_triton_products_static.py", "test_triton_static.py"),
+    *("test_triton_products_static.py", "test_triton_static.py", "test_triton_emulated.py"),
 }
 """What their first test compiles or learns serves all others."""
 
@@ -75,7 +93,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what needs a GPU where there is none; nothing else is ever left out from here."""
     items.sort(key=lambda item: item.path.name not in BUILDERS)
-    if HAS_GPU or config.option.collectonly:
+    if has_gpu() or config.option.collectonly:
         return
     # Not skipped: to report four thousand of them takes half a minute.
     without = [item for item in items if item.get_closest_marker("gpu")]
@@ -89,15 +107,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_report_header() -> str | None:
+def pytest_report_header(config: pytest.Config) -> str | None:
     """Says what the run leaves out."""
-    return None if HAS_GPU else "no NVIDIA GPU that torch can see: tests marked gpu are left out (deselected)"
+    if _only_distributes(config):
+        return "tests marked gpu are left out (deselected) where torch sees no NVIDIA GPU"
+    return (
+        None if has_gpu() else "no NVIDIA GPU that torch can see: tests marked gpu are left out (deselected)"
+    )
 
 
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     """A seed that depends on the test's id alone, and threads that leave room for parallel workers."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    import torch
+
+    # torch.manual_seed keeps seeds for devices that it has not begun to use, and the whole stack with each.
+    seed = torch.manual_seed if has_gpu() else torch.default_generator.manual_seed
+    seed(zlib.crc32(request.node.nodeid.encode()))
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else max(2, threads))
     yield
@@ -107,4 +133,6 @@ def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def one_thread(_seeded: None) -> None:
     """Two threads on a shared machine wait for each other longer than they compute."""
+    import torch
+
     torch.set_num_threads(1)

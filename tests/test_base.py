@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import base, base_worker, record, step
+from fused_optim.kernels.native import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 IS_CHECKOUT = shutil.which("git") is not None and (ROOT / ".git").exists()
@@ -54,9 +55,22 @@ def test_a_commit_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[s
     assert "--base no-such-ref: fatal: Needed a single revision" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+SMALL = """
+cmake_minimum_required(VERSION 3.22)
+project(small LANGUAGES CXX)
+if(NOT FUSED_OPTIM_ISAS STREQUAL "{isa}" OR NOT DEFINED FUSED_OPTIM_CUDA OR FUSED_OPTIM_CUDA)
+  message(FATAL_ERROR "${{FUSED_OPTIM_ISAS}}, ${{FUSED_OPTIM_CUDA}}")
+endif()
+file(WRITE "${{CMAKE_BINARY_DIR}}/small.cpp" "int small() {{ return 1; }}")
+add_library(fused_optim_cpu SHARED "${{CMAKE_BINARY_DIR}}/small.cpp")
+"""
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no library, hence no instruction set to build for")
 def test_libraries_are_built(tmp_path: Path) -> None:
-    base.compile_libraries(ROOT / "csrc", tmp_path / "lib", with_cuda=False)
+    """From little source: test_packaging.py builds csrc/ with the same switches."""
+    (tmp_path / "CMakeLists.txt").write_text(SMALL.format(isa=cpu.isas()[0]))
+    base.compile_libraries(tmp_path, tmp_path / "lib", with_cuda=False)
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["libfused_optim_cpu.so"]
 
 

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 import fused_optim
 from fused_optim.sparsity import SRSTE, FlipRate, MaskedDecay, OneShot
 from fused_optim.spectral import SpectralClip
+from tests.checkpointing import shards_through_helpers
 from tests.readme import code_of
 
 ROWS, COLUMNS = 5, 7  # uneven: 3 rows on the first rank, 2 on the second
@@ -24,6 +25,12 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lion-split": (fused_optim.Lion, {"param_codec": "bf16_split16"}),
 }
 BLOCKS = ("int8", "int8_companded", "int4")
+HELPED: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.bfloat16, {"param_codec": "bf16_split8"}),
+    (torch.bfloat16, {"param_codec": "bf16_kahan"}),
+    (torch.float32, {"state_codec": "int8"}),
+]
+"""Goes through torch.distributed.checkpoint's helpers in shards."""
 
 
 def _train(param: torch.nn.Parameter, gradients: list[torch.Tensor], name: str) -> None:
@@ -292,6 +299,7 @@ def _worker(rank: int, port: int) -> None:
     _check_matrices(mesh)
     _check_that_moved_shards_are_found(mesh)
     _check_the_recipe()
+    shards_through_helpers(HELPED)
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param])
     param.grad = distribute_tensor(gradients[0], mesh, [Replicate()])

@@ -46,15 +46,17 @@ STEP = """
 """
 
 
-def test_one_openmp_runtime() -> None:
-    """Two of them oversubscribe the cores, and may crash; ours is torch's, on the same threads.
+def test_one_openmp_runtime_and_forks() -> None:
+    """Two runtimes oversubscribe the cores, and may crash; ours is torch's, on the same threads.
 
     Loaded alone the library would find the system's; by name it finds the one that is in the process already.
+    Forked children inherit the locks of threads that they do not have; they must neither hang nor fail. Those
+    of DataLoader set one thread; a plain one has torch's number of threads.
     """
     out = _run(
         STEP
         + """
-    import os, re
+    import os, re, signal
     print(len(os.listdir("/proc/self/task")))
     optimizer.step()
     print(len(os.listdir("/proc/self/task")))
@@ -63,20 +65,18 @@ def test_one_openmp_runtime() -> None:
     names = re.compile(r"(/\\S*/lib(?:gomp|iomp|omp)[^/]*\\.so\\S*)")
     loaded = {m[1] for line in open("/proc/self/maps") if (m := names.search(line))}
     print(*loaded, sep="\\n")
-    """
-    )
-    before, after, with_torch, *runtimes = out.split()
-    assert before == after == with_torch, "torch and we run on the same threads"
-    assert len(runtimes) == 1, runtimes
-    torch_folder = Path(torch.__file__).parents[1]
-    assert torch_folder in Path(runtimes[0]).parents or Path(runtimes[0]).name == "libgomp.so.1"
 
+    for threads in (1, 3):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            torch.set_num_threads(threads)
+            optimizer.step()
+            # One element: torch's own parallel operations would wait for threads that a child lacks.
+            os._exit(0 if abs(params[0][0].item() + 0.5) < 0.01 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, threads
+    optimizer.step()
 
-def test_dataloader_workers_forked_after_a_step() -> None:
-    """A worker inherits the locks of threads that it does not have; it must neither hang nor fail."""
-    out = _run(
-        STEP
-        + """
     class Data(torch.utils.data.Dataset):
         def __len__(self):
             return 8
@@ -98,29 +98,11 @@ def test_dataloader_workers_forked_after_a_step() -> None:
     print("done")
     """
     )
-    assert out.split() == ["done"]
-
-
-def test_a_forked_child_may_step() -> None:
-    """Not only DataLoader, which sets one thread: a plain fork inherits torch's number of threads."""
-    out = _run(
-        STEP
-        + """
-    import os, signal
-    for threads in (1, 3):
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)
-            torch.set_num_threads(threads)
-            optimizer.step()
-            # One element: torch's own parallel operations would wait for threads that a child lacks.
-            os._exit(0 if abs(params[0][0].item()) < 0.01 else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, threads
-    optimizer.step()
-    print("done")
-    """
-    )
-    assert out.split() == ["done"]
+    before, after, with_torch, *runtimes, done = out.split()
+    assert before == after == with_torch, "torch and we run on the same threads"
+    assert len(runtimes) == 1 and done == "done", runtimes
+    torch_folder = Path(torch.__file__).parents[1]
+    assert torch_folder in Path(runtimes[0]).parents or Path(runtimes[0]).name == "libgomp.so.1"
 
 
 def test_optimizers_in_several_threads() -> None:

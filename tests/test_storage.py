@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import socket
 import weakref
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import Embedding, Linear, Parameter, Sequential
 
@@ -339,15 +337,6 @@ def test_distributed_helpers_keep_planes(name: str, how: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(dtype)
     found = checkpointing.through_helpers(model, lambda p: cls(p, **options), **({how: True} if how else {}))
     checkpointing.assert_same_training(found[2], found[3], found[0], found[1])
-
-
-def test_shards_come_back_from_the_helpers() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cases = [("bfloat16", {"param_codec": c}) for c in ("bf16_split8", "bf16_kahan")]
-    cases.append(("float32", {"state_codec": "int8"}))
-    mp.start_processes(checkpointing.shards_through_helpers, (port, cases), nprocs=2, start_method="spawn")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,18 @@ def load_sparse(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         ValueError: the file was written by something else or by a later version, or it is damaged.
         OSError: there is no such file.
         ImportError: safetensors is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fused_optim.sparsity import load_sparse, prune, save_sparse
+        >>> model, other = torch.nn.Linear(8, 2), torch.nn.Linear(8, 2)
+        >>> _ = prune(model, apply_to=lambda name, param: param.ndim == 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_sparse(model, f"{folder}/model.safetensors")
+        ...     other.load_state_dict(load_sparse(f"{folder}/model.safetensors"))
+        <All keys matched successfully>
+        >>> int((other.weight == 0).sum())
+        8
     """
     metadata, stored = _read(os.fspath(path), str(device))
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):

@@ -37,6 +37,12 @@ class MagnitudeMask(nn.Module):
         m: weights of a group.
         dim: the dimension along which groups lie.
         scale: what remains of pruned weights, from 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from fused_optim.sparsity import MagnitudeMask
+        >>> MagnitudeMask(scale=0.5)(torch.tensor([4.0, -3.0, 2.0, 1.0]))
+        tensor([ 4.0000, -3.0000,  1.0000,  0.5000])
     """
 
     def __init__(self, n: int = 2, m: int = 4, dim: int = -1, scale: float = 0.0) -> None:

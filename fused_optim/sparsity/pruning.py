@@ -170,7 +170,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` found; ``print`` shows a table."""
+    """What :func:`report` found; ``print`` shows a table.
+
+    Example:
+        >>> import torch
+        >>> from fused_optim.sparsity import prune, report
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 2))
+        >>> _ = prune(model)
+        >>> [(row.name, row.density, row.pattern) for row in report(model).rows]
+        [('0.weight', 0.5, '2:4')]
+    """
 
     n: int
     m: int

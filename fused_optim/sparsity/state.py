@@ -65,6 +65,16 @@ def masks_of(optimizer: FusedOptimizer) -> dict[str, Tensor]:
 
     By the names that the optimizer was given; without any, or where two are the same, by those in messages
     (``"parameter 0 of group 0"``).
+
+    Example:
+        >>> import torch, fused_optim
+        >>> from fused_optim.sparsity import SRSTE, masks_of
+        >>> layer = torch.nn.Linear(8, 2)
+        >>> optimizer = fused_optim.AdamW(layer.named_parameters(), sparsity=SRSTE())
+        >>> layer(torch.ones(8)).sum().backward()
+        >>> optimizer.step()
+        >>> [(name, int(mask.sum())) for name, mask in masks_of(optimizer).items()]
+        [('weight', 8)]
     """
     found = [
         (group, position, unpack_mask(optimizer.state[param]["mask"], like=local_view(param)))

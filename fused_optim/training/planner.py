@@ -76,6 +76,14 @@ class Plan:
         shard: what they share.
         entries: every rule with every storage, then other libraries.
         notes: what the numbers leave out.
+
+    Example:
+        >>> from fused_optim.training import plan
+        >>> found = plan({"weight": (4096, 4096), "bias": (4096,)}, rules=["lion"], storages=["fp32"])
+        >>> found.tensors, found.parameters
+        (2, 16781312)
+        >>> [entry.storage for entry in found.entries if entry.rule]
+        ['fp32']
     """
 
     model: str

@@ -21,6 +21,13 @@ class Storage:
         name: in tables.
         param_codec: the parameters are converted to its dtype first; ``"auto"`` leaves them as they are.
         state_codec: one codec, or one for each state by name.
+
+    Example:
+        >>> from fused_optim.training import Storage, plan
+        >>> mixed = Storage("mixed", "bf16_kahan", {"exp_avg": "int8", "exp_avg_sq": "fp32"})
+        >>> found = plan({"weight": (4096, 4096)}, rules=["adam"], storages=[mixed], peers=False)
+        >>> found.entries[0].memory.kept / found.parameters
+        9.015625
     """
 
     name: str
@@ -81,6 +88,12 @@ class Memory:
         master: what the optimizer keeps beside them: more bits, and dense weights behind masked ones.
         gradients: one for each parameter that is trained.
         states: moments, with their scales, and masks.
+
+    Example:
+        >>> from fused_optim.training import Memory
+        >>> memory = Memory(weights=200, master=100, gradients=200, states=800)
+        >>> memory.kept, memory.total
+        (1100, 1300)
     """
 
     weights: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,8 +12,15 @@ Array = np.ndarray
 
 def on_singular_values(X: Array, function: Callable[[Array], Array]) -> Array:
     """``U f(Σ) Vᵀ`` of matrices ``[..., m, n]``."""
-    U, sigma, Vt = np.linalg.svd(X.astype(np.float64), full_matrices=False)
+    values = X.astype(np.float64)
+    U, sigma, Vt = _svd(values.shape, values.tobytes())
     return (U * function(sigma)[..., None, :]) @ Vt
+
+
+# Several functions of one matrix are asked for in a row.
+@lru_cache(maxsize=4)
+def _svd(shape: tuple[int, ...], values: bytes) -> tuple[Array, Array, Array]:
+    return np.linalg.svd(np.frombuffer(values).reshape(shape), full_matrices=False)
 
 
 def soft_clip(X: Array, c: float) -> Array:
@@ -48,7 +56,8 @@ def inverse_sqrt(A: Array, ridge: float) -> Array:
 
 
 def spectral_norm(X: Array) -> float:
-    return float(np.linalg.norm(X.astype(np.float64), 2))
+    values = X.astype(np.float64)
+    return float(_svd(values.shape, values.tobytes())[1].max())
 
 
 def with_spectrum(rng: np.random.Generator, m: int, n: int, kind: str, largest: float) -> Array:

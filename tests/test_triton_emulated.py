@@ -16,6 +16,15 @@ pytest.importorskip("triton")
 CASES = {
     "int8": ("adam/fp32/int8/exact", "adam/bf16/int8/fast", "adam/bf16_split8/int8_companded/exact"),
     "masks": ("sr_ste/bf16/int8/exact", "cast/fp32/fp32/exact"),
+    "modes": (
+        "amsgrad/fp32/fp32/exact",
+        "nesterov/fp32/bf16/exact",
+        "careful/fp32/int8/exact",
+        "spectral/fp32/fp32/exact",
+        "adam/bf16_split8/int4/strided",
+        "adam/bf16/int8/strided",
+        "lion/fp16/fp8/fast",
+    ),
     "others": (
         "adam/fp16/fp8/exact",
         "lion/bf16_split16/fp32/exact",
@@ -26,7 +35,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "cases", [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n == "modes")) for n, c in CASES.items()]
+)
 def test_compiled_kernels_equal_the_reference(cases: tuple[str, ...], tmp_path: Path) -> None:
     """Programs of several tiles, tails, tensors off boundaries, blocks with NaN, Inf and zeros."""
     assert python(tmp_path, "-m", "tests.emulated", *cases) == ""

@@ -15,7 +15,7 @@ def div(x, y, EXACT: tl.constexpr):
     if EXACT or INTERPRETED:
         return tl.div_rn(x, y)
     else:
-        # The compiler's own, for all y, is 9 instructions: three quarters of Adam's arithmetic.
+        # The compiler's own, for all y, is 9 instructions, a third of AdamW's.
         return x * tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -108,7 +108,7 @@ def quotient(x, y):
 
 @triton.jit
 def root(x):
-    """The square root of ``2**-19 <= x < 1.01`` within an ulp, near enough for the codecs' codes."""
+    """The square root of ``x < 1.01`` within an ulp, near enough for codes; NaN for 0 and denormals there."""
     if INTERPRETED:
         return tl.sqrt_rn(x)
     else:

@@ -44,7 +44,7 @@ def _larger(x, y):
 
 @triton.jit
 def _top(x, AXIS: tl.constexpr):
-    """The bits of the largest magnitude, NaN if there is one."""
+    """The largest magnitude, NaN if there is one."""
     if INTERPRETED:
         return tl.max((bits_of(x) & 0x7FFFFFFF).to(tl.int32), AXIS).to(tl.float32, bitcast=True)
     else:

@@ -76,7 +76,7 @@ def from_bf16(half):
         # One instruction each; the compiler takes two for every other one.
         bits = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;",
-            "=r,=r,r", [half], dtype=tl.uint32, is_pure=True, pack=2,
+            "=&r,=r,r", [half], dtype=tl.uint32, is_pure=True, pack=2,
         )  # fmt: skip
         return float_of(bits)
 

@@ -39,8 +39,8 @@ def ours(batches: Iterable[Tensor], coefficients: tuple[float, float, float], fo
     steps, total = [coefficients] * STEPS, 0
     for X in batches:
         b, m, n = _wide(X)
-        forms = [form] if form != "auto" else ["standard", "gram"][: 1 + (m >= newton_schulz._GRAM_FROM)]
-        total += b * min(newton_schulz.flops(m, n, steps, torch.bfloat16, X.device.type, f) for f in forms)
+        task = m, n, steps, torch.bfloat16, X.device.type
+        total += b * newton_schulz.flops(*task, newton_schulz.auto_form(*task) if form == "auto" else form)
     return total
 
 

@@ -94,6 +94,11 @@ class Instruction:
         width = re.search(r"\.(8|16|U8|U16|64|128|256)\b", self.opcode)
         return int(width[1].lstrip("U")) // 8 if width else 4
 
+    def target(self, index_of: dict[int, int]) -> int:
+        """The index of what a jump goes to; -1 if it is none, or leaves the kernel."""
+        address = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return index_of.get(int(address[1], 16), -1) if address else -1
+
     def successors(self, index: int, index_of: dict[int, int]) -> list[int]:
         """Indices of what may follow, jumps back excepted; the one past the end stands for the exit."""
         end = len(index_of)
@@ -101,8 +106,7 @@ class Instruction:
             return [end, index + 1] if self.predicated else [end]
         if not self.opcode.startswith("BRA"):
             return [] if self.opcode.startswith("RET") else [index + 1]
-        target = re.search(r"0x([0-9a-f]+)", self.operands)
-        jump = index_of.get(int(target[1], 16), -1) if target else -1
+        jump = self.target(index_of)
         conditional = self.predicated or re.match(r"(\.\w+)?\s*!?U?P\d", self.operands)
         return [i for i in (jump, *([index + 1] if conditional else [])) if i > index]
 
@@ -115,13 +119,17 @@ def instructions(sass: str) -> list[Instruction]:
     return found
 
 
+def _indices(code: list[Instruction]) -> dict[int, int]:
+    return {instruction.address: i for i, instruction in enumerate(code)}
+
+
 def executed_path(code: list[Instruction], first: int = 0, last: int | None = None) -> list[Instruction]:
     """The shortest of the paths that move most memory: a full tile without rare cases.
 
     Division and square root branch to a subroutine for denormals and overflow; the path goes past it.
     ``first`` and ``last``: where it begins and, if not at the exit, ends.
     """
-    index_of = {instruction.address: i for i, instruction in enumerate(code)}
+    index_of = _indices(code)
     end = len(code) if last is None else last
     best: dict[int, tuple[int, int]] = {end: (0, 0)}
     following = dict[int, int]()
@@ -139,10 +147,8 @@ def executed_path(code: list[Instruction], first: int = 0, last: int | None = No
 
 def main_loop(code: list[Instruction]) -> tuple[int, int]:
     """Indices of the first and last instruction of the loop that moves most memory."""
-    index_of = {instruction.address: i for i, instruction in enumerate(code)}
-    targets = [re.search(r"0x([0-9a-f]+)", i.operands) if i.opcode.startswith("BRA") else None for i in code]
-    jumps = [(index_of.get(int(target[1], 16), i), i) for i, target in enumerate(targets) if target]
-    loops = [(target, i) for target, i in jumps if target < i]
+    index_of = _indices(code)
+    loops = [(target, i) for i, jump in enumerate(code) if 0 <= (target := jump.target(index_of)) < i]
     return max(loops, key=lambda loop: sum(code[i].bytes for i in range(*loop)))
 
 
@@ -151,12 +157,17 @@ def executed_per_tile(code: list[Instruction], tiles: int) -> float:
     first, last = main_loop(code)
     body = len(executed_path(code, first, last)) + 1
     # Past the loop the shortest way leads out, as nothing is left.
-    index_of = {instruction.address: i for i, instruction in enumerate(code)}
+    index_of = _indices(code)
     shortest = {len(code): 0}
     for i in range(len(code) - 1, last, -1):
         ways = [shortest[j] for j in code[i].successors(i, index_of) if j in shortest]
         shortest |= {i: 1 + min(ways)} if ways else {}
     return body + (len(executed_path(code, 0, first)) + shortest[last + 1]) / tiles
+
+
+def resources(usage: str) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED of a kernel in what ``cuobjdump -res-usage`` prints."""
+    return {name: int(value) for name, value in _RESOURCES.findall(usage)}
 
 
 def disassemble(cubin: bytes, cuobjdump: str) -> tuple[str, dict[str, int]]:
@@ -169,5 +180,4 @@ def disassemble(cubin: bytes, cuobjdump: str) -> tuple[str, dict[str, int]]:
             command = [cuobjdump, option, str(path)]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        usage = dump("-res-usage")
-        return dump("-sass"), {name: int(value) for name, value in _RESOURCES.findall(usage)}
+        return dump("-sass"), resources(dump("-res-usage"))

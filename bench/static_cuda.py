@@ -23,7 +23,7 @@ import torch
 from fused_optim.kernels.native import library
 
 from .compiled import NOTE
-from .machine_code import instructions
+from .machine_code import instructions, resources
 from .record import add_out, begin, save
 from .tables import Table, show
 
@@ -115,8 +115,7 @@ def usages(listing: str) -> Iterator[Usage]:
         elif found["options"] is not None:
             exact = "fmad false" in found["options"]
         else:
-            numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", found["resources"])}
-            yield Usage(found["function"], sm, exact, numbers)
+            yield Usage(found["function"], sm, exact, resources(found["resources"]))
 
 
 def _emitted(sass: str) -> dict[str, int]:
@@ -141,7 +140,7 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
             raise MissingToolError(f"{file} has no code for sm_{sm}, only for {listed}")
         own = [usage for usage in found if usage.sm == sm]
         emitted = _emitted(dump(tool, file, "-sass", "-arch", f"sm_{sm}"))
-        for function, _, exact, resources in own:
+        for function, _, exact, taken in own:
             name = _KERNEL.search(function)
             kernel, rule = name.groups() if name else (function, None)
             result.append(
@@ -150,9 +149,9 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
                     rule=rule,
                     arithmetic="exact" if exact else "fast",
                     sm=sm,
-                    registers=resources["REG"],
-                    spilled=resources["STACK"] + resources["LOCAL"],
-                    shared=resources["SHARED"],
+                    registers=taken["REG"],
+                    spilled=taken["STACK"] + taken["LOCAL"],
+                    shared=taken["SHARED"],
                     emitted=emitted[function],
                 )
             )

@@ -65,7 +65,10 @@ def _steps(signed: bool) -> Array:
     negative, magnitude = upper >> 15 == 1, upper & 0x7FFF
     ends = np.stack([magnitude << 16, magnitude << 16 | 0xFFFF]).view(np.float32)
     inner = middles(magnitudes(signed))
-    low, high = np.searchsorted(inner, ends, side="left").astype(np.uint32)
+    index = np.searchsorted(inner, ends, side="left")
+    # What a step is made at: the first middle from the lower end on.
+    found = inner[np.minimum(index[0], len(inner) - 1)].view(np.uint32)
+    low, high = index.astype(np.uint32)
     if signed:
         # The map has no -1.
         low, high = (np.where(negative, 128 + np.minimum(index, 127), 127 + index) for index in (low, high))
@@ -78,7 +81,6 @@ def _steps(signed: bool) -> Array:
     low, high = (np.where(magnitude < 0x7F80, index, zero).astype(np.uint32) for index in (low, high))
     assert (high - low <= 1).all()
     # The last number with the lower code: for unsigned tiny ones that is zero itself.
-    found = inner[np.minimum(np.searchsorted(inner, ends[0], side="left"), len(inner) - 1)].view(np.uint32)
     last = np.where(found >> 16 == magnitude, found & 0xFFFF, 0)
     carry = np.where(high > low, 0xFFFF - last, 0).astype(np.uint32)
     return (low << 16) + carry + (negative.astype(np.uint32) << 31) - (upper << 16)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
-Read = Callable[["Machine", Any], Array]
 
 _UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
@@ -113,8 +112,7 @@ class Machine:
             negated, guard, name, operands = self.code[at]
             taken = None
             if guard:
-                taken = self._predicate(guard)
-                taken = ~taken if negated else taken
+                taken = self.read(guard, bool) ^ negated
             parts = name.split(".")
             if parts[0] in ("ret", "exit"):
                 return len(self.code)
@@ -126,9 +124,6 @@ class Machine:
             self._execute(parts, operands, taken)
             at += 1
         return at
-
-    def _predicate(self, name: str) -> Array:
-        return self.registers[name][self.lanes]
 
     def read(self, operand: str, dtype: Any) -> Array:
         """An operand of the threads that are running."""
@@ -142,18 +137,12 @@ class Machine:
             return np.zeros(1, dtype)
         if operand.startswith(("0f", "0d")):
             return np.array([int(operand[2:], 16)], _UNSIGNED[8 * np.dtype(dtype).itemsize]).view(dtype)
-        if operand.startswith("%"):
-            # Never written: the compiler does not care what it is.
-            return (
-                np.array([0xA5A5A5A5A5A5A5A5], np.uint64)
-                .astype(_UNSIGNED[8 * np.dtype(dtype).itemsize])
-                .view(dtype)
-            )
-        number = int(operand.rstrip("U"), 0)
+        # Of a register that was never written the compiler does not care what it is.
+        number = 0xA5A5A5A5A5A5A5A5 if operand.startswith("%") else int(operand.rstrip("U"), 0)
         if dtype is bool:
             return np.array([bool(number)])
-        size = np.dtype(dtype).itemsize
-        return np.array([number % 2 ** (8 * size)], np.uint64).astype(_UNSIGNED[8 * size]).view(dtype)
+        bits = 8 * np.dtype(dtype).itemsize
+        return np.array([number % 2**bits], np.uint64).astype(_UNSIGNED[bits]).view(dtype)
 
     def write(self, operand: str, value: Array, taken: Array | None = None) -> None:
         """Sets a register of the threads that are running."""
@@ -169,7 +158,6 @@ class Machine:
 
     def _bytes(self, address: Array, size: int, shared: bool) -> tuple[Any, Array]:
         """Memory as integers of a size, and the indices of addresses in it."""
-        assert (address % np.uint64(size) == 0).all(), f"an access of {size} bytes is not aligned"
         if shared:
             return self.shared.view(_UNSIGNED[8 * size]), address // np.uint64(size)
         low, high = int(address.min()), int(address.max())
@@ -246,6 +234,7 @@ class Machine:
         if name in ("ld", "st"):
             self._move(parts, operands, taken)
         elif name in ("shfl", "redux"):
+            assert taken is None, "a warp's exchange under a condition"
             self._exchange(parts, operands)
         elif operands[0].startswith("{"):
             halves = [each.strip() for each in operands[0].strip("{}").split(",")]
@@ -261,9 +250,9 @@ class Machine:
         if name == "cvt":
             return self._converted(parts, operands)
         if name == "mov" and operands[1].startswith("{"):
-            low, high = (each.strip() for each in operands[1].strip("{}").split(","))
-            upper = self.read(high, np.uint16).astype(np.uint32) << np.uint32(16)
-            return upper | self.read(low, np.uint16)
+            half, whole = {32: (np.uint16, np.uint32), 64: (np.uint32, np.uint64)}[int(kind[1:])]
+            low, high = (self.read(each.strip(), half) for each in operands[1].strip("{}").split(","))
+            return high.astype(whole) << whole(8 * half().itemsize) | low
         dtype = bool if kind == "pred" else _dtype(kind)
         sources = operands[1:]
         if name == "selp":
@@ -294,12 +283,9 @@ class Machine:
         if name in _BINARY:
             return _BINARY[name](x[0], x[1]).astype(dtype)
         if name in ("min", "max"):
-            plain = (
-                {"min": np.minimum, "max": np.maximum} if dtype is not np.float32 or "NaN" in parts else {}
-            )
-            # Otherwise a number is preferred, and -0 is less than 0.
-            numbers = {"min": np.fmin, "max": np.fmax}
-            result = plain.get(name, numbers[name])(x[0], x[1])
+            # A number is preferred to NaN unless asked otherwise, and -0 is less than 0.
+            passes_nan = {"min": np.minimum, "max": np.maximum}
+            result = (passes_nan if "NaN" in parts else {"min": np.fmin, "max": np.fmax})[name](x[0], x[1])
             if dtype is np.float32:
                 zeros = (x[0] == 0) & (x[1] == 0)
                 bits = [each.view(np.uint32) for each in x]

@@ -81,14 +81,18 @@ def flops(
     return round(2 * (share * (begun * m * m * n + squares * m**3) + begun * m * m * n + small * m**3))
 
 
+def auto_form(m: int, n: int, steps: Sequence[Coefficients], dtype: torch.dtype, device_type: str) -> str:
+    """The form that ``"auto"`` means for m x n matrices, m <= n."""
+    if m < _GRAM_FROM:
+        return "standard"
+    return min("standard", "gram", key=lambda form: flops(m, n, steps, dtype, device_type, form))
+
+
 def orthogonalize(Y: Tensor, steps: Sequence[Coefficients], form: str) -> Tensor:
     """The iteration on [batch, m, n], m <= n, whose singular values are at most one."""
     m, n = Y.shape[-2:]
-    if form == "auto" and m < _GRAM_FROM:
-        form = "standard"
-    elif form == "auto":
-        costs = {f: flops(m, n, steps, Y.dtype, Y.device.type, f) for f in ("standard", "gram")}
-        form = min(costs, key=lambda f: costs[f])
+    if form == "auto":
+        form = auto_form(m, n, steps, Y.dtype, Y.device.type)
     if form == "gram":
         return in_gram_form(Y, steps, restarts(len(steps), Y.dtype))
     return standard(Y, steps)

@@ -210,7 +210,13 @@ def measure(
         for samples in (item.time, item.host, item.wall):
             samples.by_round.clear()
         item.spent_s = 0.0
-    interleave([copy, in_place, *timed], rounds, budget_s, sweep)
+    if case.cold:
+        interleave([copy, in_place, *timed], rounds, budget_s, sweep)
+    else:
+        # Taken in turn with them, copies would empty the caches.
+        share = budget_s / (2 + len(timed))
+        interleave([copy, in_place], rounds, 2 * share, None)
+        interleave(timed, rounds, len(timed) * share, None, warm=True)
     return Outcome(case, shapes, rows, copy, in_place, len(copy.time.by_round))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .machine import last_level_cache
 
 _SPIN_CYCLES_PER_US = 2000
+WARM_UPS = 3
 
 
 @dataclass
@@ -94,6 +95,15 @@ class Timed(ABC):
         self.finish()
         self.spent_s += time.perf_counter() - start
 
+    def warm_up(self) -> None:
+        """Calls that do not count: the next one finds the caches as they leave them."""
+        start = time.perf_counter()
+        for _ in range(WARM_UPS):
+            self.prepare()
+            self.call()
+            self.finish()
+        self.spent_s += time.perf_counter() - start
+
     def _ready(self, sweep: Callable[[], None] | None) -> None:
         self.prepare()
         if sweep is not None:
@@ -160,9 +170,17 @@ class InPlace(Timed):
 
 
 def interleave(
-    timed: Sequence[Timed], rounds: int, budget_s: float, sweep: Callable[[], None] | None, least: int = 3
+    timed: Sequence[Timed],
+    rounds: int,
+    budget_s: float,
+    sweep: Callable[[], None] | None,
+    least: int = 3,
+    warm: bool = False,
 ) -> None:
-    """Takes a sample of each in turn, A B A B; one that has used up its share of the budget sits out."""
+    """Takes a sample of each in turn, A B A B; one that has used up its share of the budget sits out.
+
+    With ``warm`` each sample follows ``WARM_UPS`` calls of its own kind.
+    """
     share = budget_s / max(len(timed), 1)
     enabled = gc.isenabled()
     gc.disable()
@@ -173,6 +191,8 @@ def interleave(
         for round_ in range(rounds):
             for item in timed:
                 if round_ < least or item.spent_s < share:
+                    if warm:
+                        item.warm_up()
                     item.sample(round_, sweep)
             gc.collect()
     finally:

@@ -136,6 +136,14 @@ def test_interleaving_takes_turns_and_spares_the_slow() -> None:
     assert sorted(items[1].time.by_round) == [0, 1]
 
 
+def test_warm_samples_follow_calls_that_do_not_count() -> None:
+    item, calls = _Ticking("a", CPU), []
+    item.call = lambda: calls.append(len(item.time.by_round))  # type: ignore[method-assign]
+    timing.interleave([item], 2, 1e6, None, warm=True)
+    # The last of each four is the sample.
+    assert calls == [0, 0, 0, 0, 1, 1, 1, 1] and sorted(item.time.by_round) == [0, 1]
+
+
 class _Clock:
     """Stands in for CUDA events: the device's time is 2 ms."""
 

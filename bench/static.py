@@ -223,7 +223,8 @@ def compile_kernel(job: Job) -> Any:
         constants, options = driver.square_sum_constants(codecs[0], job.strided)
     else:
         kernel, types, aligned = step.step, _TYPES, ()
-        constants, options = driver.step_constants(job.whole_rule, codecs, job.strided, job.exact)
+        arguments = job.whole_rule, codecs, job.strided, job.exact, job.capability
+        constants, options = driver.step_constants(*arguments)
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}

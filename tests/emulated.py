@@ -25,6 +25,7 @@ from tests.ptx import Machine
 
 SHAPES = ((0,), (1,), (15,), (17,), (255,), (257,), (2047,), (2048,), (4097,), (3 * 2048 + 300,))
 MATRICES = ((3, 4), (33, 64), (130, 52))
+CAPABILITY = 90
 _POINTERS = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
 _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam": (fused_optim.AdamW, {}),
@@ -58,7 +59,7 @@ class Emulated:
         )
         warps = constants["SPREAD"][1]
         options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": not constants.get("EXACT", True)}
-        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compiled = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
         words = [v.data_ptr() if isinstance(v, Tensor) else v for v in given.values()]
         Machine(compiled.asm["ptx"], programs, 32 * warps, [*words, 0, 0], compiled.metadata.shared).run()
 
@@ -107,7 +108,7 @@ def compare(case: str) -> None:
 def main(cases: list[str]) -> None:
     """Command line."""
     torch.set_num_threads(1)
-    driver.unavailable = lambda device_type: None
+    driver.unavailable, driver.capability_of = lambda device_type: None, lambda device: CAPABILITY
     budget.MANY_PROGRAMS = 1
     step.step, step.square_sum = Emulated(step.step), Emulated(step.square_sum)
     for case in cases:

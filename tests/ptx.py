@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 Array = np.ndarray
 
@@ -44,6 +45,18 @@ def _bf16(x: Array) -> Array:
     bits = x.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def _e4m3(x: Array) -> Array:
+    """Rounded to nearest even, what is too large to the largest."""
+    x = np.clip(x, np.float32(-448), np.float32(448))
+    return torch.from_numpy(np.atleast_1d(x)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _halves(code: Array) -> Array:
+    """The bits of fp16 values for codes in lower bytes."""
+    codes = torch.from_numpy(code.astype(np.uint8)).view(torch.float8_e4m3fn)
+    return codes.to(torch.float16).view(torch.uint16).numpy()
 
 
 def _permuted(a: Array, b: Array, selector: Array) -> Array:
@@ -210,6 +223,13 @@ class Machine:
 
     def _converted(self, parts: list[str], operands: list[str]) -> Array:
         target, source = parts[-2], parts[-1]
+        if target == "e4m3x2":
+            upper, lower = (_e4m3(self.read(each, np.float32)) for each in operands[1:])
+            return upper.astype(np.uint16) << np.uint16(8) | lower
+        if source == "e4m3x2":
+            pair = self.read(operands[1], np.uint16)
+            lower, upper = (_halves(pair >> np.uint16(i)) for i in (0, 8))
+            return upper.astype(np.uint32) << np.uint32(16) | lower
         if target in ("bf16x2", "f16x2", "bf16"):
             half = (lambda x: x.astype(np.float16).view(np.uint16)) if target == "f16x2" else _bf16
             halves = [half(self.read(each, np.float32)) for each in operands[1:]]

@@ -1,7 +1,8 @@
 """The codecs of 8 and 4 bits: ``<name>_value(code, table)`` and ``<name>_code(n, table)``.
 
 Both are in units of the block's scale, codes are uint32 or int32, ``table`` is the address of the codec's
-lookup table if it has one. Magnitudes of ``n`` exceed 1 by no more than the rounding of a scale.
+lookup table if it has one. Magnitudes of ``n`` exceed 1 by no more than the rounding of a scale. Functions of
+``<name>_sm89`` do the same with instructions that GPUs have from capability 8.9 on.
 """
 
 import numpy as np
@@ -157,6 +158,42 @@ def fp8_unsigned_code(n, table):
     n = tl.maximum(n, 0.0)
     code = (_e4m3(n) & 0x7F).to(tl.int32)
     return tl.maximum(code, tl.minimum(n.to(tl.int32, bitcast=True), 1))
+
+
+@triton.jit
+def fp8_sm89_value(code, table):
+    x = tl.inline_asm_elementwise(
+        """{ .reg .b16 a, b, c, d; .reg .b32 x, y;
+        mov.b32 {a, b}, $4;
+        cvt.rn.f16x2.e4m3x2 x, a; mov.b32 {a, c}, x; cvt.f32.f16 $0, a; cvt.f32.f16 $1, c;
+        cvt.rn.f16x2.e4m3x2 y, b; mov.b32 {b, d}, y; cvt.f32.f16 $2, b; cvt.f32.f16 $3, d; }""",
+        "=&f,=&f,=&f,=&f,r", [code], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+    return times(x, ONE_448TH)
+
+
+@triton.jit
+def _e4m3_sm89(x):
+    return tl.inline_asm_elementwise(
+        """{ .reg .b16 a, b;
+        cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;
+        mov.b32 $0, {a, b}; }""",
+        "=r,f,f,f,f", [x], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def fp8_sm89_code(n, table):
+    return _e4m3_sm89(times(n, 448.0))
+
+
+fp8_unsigned_sm89_value = fp8_sm89_value
+
+
+@triton.jit
+def fp8_unsigned_sm89_code(n, table):
+    return _e4m3_sm89(tl.maximum(times(n, 448.0), tl.where(n > 0, 2.0**-9, 0.0)))
 
 
 @triton.jit

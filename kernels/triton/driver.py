@@ -52,15 +52,24 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def _functions(codec: str) -> tuple[Any, Any] | None:
+def capability_of(device: torch.device) -> int:
+    """Ten times the compute capability; 0 in the interpreter."""
+    if device.type == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _functions(codec: str, capability: int = 0) -> tuple[Any, Any] | None:
     """The functions of a codec: decode and encode, or in block_codecs.py value and code."""
     from . import block_codecs, codecs, masking
 
     both = ("decode", "encode")
-    for module, names in ((codecs, both), (masking, both), (block_codecs, ("value", "code"))):
-        first, second = (getattr(module, f"{codec}_{name}", None) for name in names)
-        if first is not None and second is not None:
-            return first, second
+    for name in (f"{codec}_sm89", codec) if capability >= 89 else (codec,):
+        for module, names in ((codecs, both), (masking, both), (block_codecs, ("value", "code"))):
+            first, second = (getattr(module, f"{name}_{each}", None) for each in names)
+            if first is not None and second is not None:
+                return first, second
     return None
 
 
@@ -69,13 +78,13 @@ def lacks(codec: str) -> bool:
     return _functions(codec) is None
 
 
-def _codec(codec: Codec) -> tuple[Any, ...]:
+def _codec(codec: Codec, capability: int) -> tuple[Any, ...]:
     """Decode, encode, the number of addresses, and a block codec's format."""
     import triton.language as tl
 
     from . import block_codecs, blocks
 
-    functions = _functions(codec.name)
+    functions = _functions(codec.name, capability)
     assert functions is not None, codec.name
     if codec.block == 1:
         return *functions, tl.constexpr(codec.columns)
@@ -117,22 +126,20 @@ def _shared_constants(codecs: Sequence[Codec], strided: bool) -> tuple[Constants
 
 
 def step_constants(
-    rule: Rule, codecs: Sequence[Codec], strided: bool, exact: bool
+    rule: Rule, codecs: Sequence[Codec], strided: bool, exact: bool, capability: int
 ) -> tuple[Constants, Constants]:
     """Compile-time arguments and options of ``step``; codecs in the order parameter, states, gradient."""
-    function, in_registers = _rule(rule), tuple(map(_codec, codecs))
+    function, in_registers = _rule(rule), tuple(_codec(codec, capability) for codec in codecs)
     constants, options = _shared_constants(codecs, strided)
     sources = _sources(*function, *(part for codec in in_registers for part in codec))
     constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
-    if rule.group > 8 and not strided:
-        # Left alone, ptxas takes up to 245 of them: two programs a multiprocessor instead of three.
-        options["maxnreg"] = 168
     return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
 
 
 def square_sum_constants(grad: Codec, strided: bool) -> tuple[Constants, Constants]:
     """Compile-time arguments and options of ``square_sum``."""
-    in_registers = _codec(grad)
+    # Gradients have no codec that depends on the GPU.
+    in_registers = _codec(grad, 0)
     constants, options = _shared_constants([grad], strided)
     return constants | {"GRAD": in_registers, "SOURCES": _sources(in_registers[0])}, options | {
         "enable_fp_fusion": False
@@ -181,7 +188,8 @@ def step(bucket: Launch) -> None:
     from . import step as kernels
 
     codecs = (bucket.param, *bucket.states, bucket.grad)
-    constants, options = step_constants(bucket.rule, codecs, bucket.strided, bucket.exact)
+    capability = capability_of(bucket.device)
+    constants, options = step_constants(bucket.rule, codecs, bucket.strided, bucket.exact, capability)
     size = span(sum(bucket.numels), constants["TILE"])
     arguments = (bucket.table, bucket.rows, _layouts(bucket), bucket.table.shape[1], size)
     tiles = bucket.tiles(size)

@@ -32,6 +32,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=[True, False], ids=["amx", "no_amx"])
+def amx(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of a CPU, on any."""
+    monkeypatch.setattr(products, "has_amx", lambda: request.param)
+    return request.param
+
+
 def _torchs_muon(X: Tensor, steps: int = 5) -> Tensor:
     """As torch.optim.Muon does it, written down here because it is private there."""
     a, b, c = TORCHS
@@ -53,6 +60,7 @@ def test_jordan_is_torchs_muon() -> None:
         assert torch.dist(found, exact) < 1.4 * torch.dist(expected, exact)
 
 
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("form", ["standard", "gram"])
 @pytest.mark.parametrize("name", ["jordan", "cubic", "polar_express"])
 @pytest.mark.parametrize(("m", "n"), [(16, 16), (16, 64), (800, 830)])
@@ -65,11 +73,14 @@ def test_operations_are_the_formulas(m: int, n: int, name: str, form: Any) -> No
         assert counter.get_total_flops() == 2 * newton_schulz.flops(m, n, plan, dtype, "cpu", form)
 
 
-def test_gram_form_saves_operations() -> None:
+def test_gram_form_saves_operations(amx: bool) -> None:
     """At 1024 × 4096 in five steps, as documented; and it is what auto takes there."""
     plan = schedule("jordan", 5).steps
     wide = [newton_schulz.flops(1024, 4096, plan, torch.bfloat16, "cpu", f) for f in ("gram", "standard")]
-    assert wide[0] == 2 * 1024**3 * (3 * 8 + 11) and wide[1] == 2 * 1024**3 * 45
+    # Three of four products with X and its Gram matrix each, or five; of the others eleven, or five.
+    triangle = 1.0 if amx else 0.625
+    assert wide[0] == 2 * 1024**3 * (12 + triangle * (12 + 11))
+    assert wide[1] == 2 * 1024**3 * (20 + triangle * (20 + 5))
     square = [newton_schulz.flops(64, 64, plan, torch.bfloat16, "cpu", f) for f in ("gram", "standard")]
     assert square[0] > square[1]
     for shape, form in (((256, 700), "gram"), ((256, 256), "standard"), ((64, 500), "standard")):
@@ -93,6 +104,25 @@ def test_one_triangle_is_computed() -> None:
         assert torch.allclose(
             products.polynomial(A, b, 3.0, out=torch.full_like(A, torch.nan)), expected, atol=1e-4
         )
+    with FlopCounterMode(display=False) as counter:
+        C = products.multiply_commuting(A, expected, 2.0)
+    assert counter.get_total_flops() == round(2 * 900**3 * products.triangle_share(900))
+    assert torch.allclose(C, 2 * A + A @ expected, atol=1e-4)
+    assert torch.equal(C[0, :256, 256:], C[0, 256:, :256].mT)
+
+
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_every_matrix_of_a_batch(dtype: torch.dtype) -> None:
+    """Taken together or one by one, standing or lying."""
+    X = torch.randn(3, 800, 790).to(dtype)
+    X[1] *= 1e3
+    for form in ("standard", "gram"):
+        for given in (X, X.mT.contiguous(), X.mT):
+            together = orthogonalize(given, "cubic", 3, form=form, dtype=dtype)
+            for i in range(3):
+                alone = orthogonalize(given[i], "cubic", 3, form=form, dtype=dtype)
+                torch.testing.assert_close(together[i], alone, rtol=0.02, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
@@ -106,6 +136,9 @@ def test_products(dtype: torch.dtype) -> None:
     assert torch.allclose(Y, 3 * X + A @ X, rtol=2e-2, atol=2.0)
     assert torch.equal(Y, products.multiply_add(X, A, 3.0, out=torch.empty_like(X)))
     assert torch.equal(P, products.polynomial(A, 2.0, 0.5, out=torch.empty_like(A)))
+    C = products.multiply_commuting(A, P, 3.0)
+    exact = 3 * A.double() + A.double() @ P.double()
+    assert torch.dist(C.double(), exact) < 0.01 * exact.norm()
 
 
 def test_bits_are_reproducible() -> None:

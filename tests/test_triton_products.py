@@ -71,7 +71,7 @@ def _assert_close(actual: Tensor, expected: Tensor, magnitude: Tensor) -> None:
 
 
 def _check(X: Tensor, **out: Tensor) -> None:
-    """All three products of X; ``out`` names tensors to write to."""
+    """All products of X; ``out`` names tensors to write to."""
     x = X.double().cpu()
     A = products.gram(X, out.get("gram"))
     assert torch.equal(A, A.mT)
@@ -82,6 +82,13 @@ def _check(X: Tensor, **out: Tensor) -> None:
     Q = products.polynomial(A, 0.5, -0.25, out.get("polynomial"))
     assert torch.equal(Q, Q.mT)
     _assert_close(Q, 0.5 * a - 0.25 * a @ a, a.abs() + a.abs() @ a.abs())
+
+    # An operand that commutes with A but for the rounding of its entries.
+    C = products.multiply_commuting(A, Q, 2.0, out.get("multiply_commuting"))
+    assert torch.equal(C, C.mT)
+    q = Q.double().cpu()
+    lower = (2 * a + a @ q).tril()
+    _assert_close(C, lower + lower.tril(-1).mT, 2 * a.abs() + a.abs() @ q.abs())
 
     R = products.multiply_add(X, A, 2.0, out.get("multiply_add"))
     _assert_close(R, 2 * x + a @ x, 2 * x.abs() + a.abs() @ x.abs())
@@ -156,6 +163,7 @@ def test_batches_and_views(machine: Machine, target: Target, monkeypatch: pytest
         results = {
             "gram": guarded(24, 24, start, by_columns),
             "polynomial": guarded(24, 24, start, by_columns),
+            "multiply_commuting": guarded(24, 24, start, by_columns),
             "multiply_add": guarded(*((40, 24) if by_columns else (24, 40)), start, by_columns),
         }
         _check(X, **{name: inside for name, (_, inside) in results.items()})

@@ -145,11 +145,11 @@ def _store(out, x, batch, row, column, m, n, SIDE: tl.constexpr, BOXES: tl.const
 
 @triton.jit(do_not_specialize=["batches"])
 def symmetric(
-    p, q, d, out, batches, m, k, alpha, beta,
+    p, q, r, d, out, batches, m, k, alpha, beta,
     SIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
     ADD: tl.constexpr, BOXES: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``alpha P Pᵀ + beta D`` with symmetric D; q is P again, in boxes of 2 SIDE rows.
+    """``alpha P Qᵀ + beta D``, symmetric but for rounding; q and r are Q, in boxes of 2 SIDE and SIDE rows.
 
     The matrix is cut into squares of two tiles. First come the squares below the diagonal, a tile a
     program, then those on it, three halves of a tile each: these fill the gaps that the others leave.
@@ -180,7 +180,7 @@ def symmetric(
         column = (index // 3 * 2 + index % 3 // 2) * SIDE
         if row < m:
             acc = _product(
-                p, p, batch, row, column, m, m, k, SIDE, SIDE, DEPTH, BOXES, SWAPPED, SWAPPED, PRECISION
+                p, r, batch, row, column, m, m, k, SIDE, SIDE, DEPTH, BOXES, SWAPPED, SWAPPED, PRECISION
             )
             x = _combined(acc, d, out, batch, row, column, m, m, alpha, beta, SIDE, ADD, BOXES, False)
             if row == column:

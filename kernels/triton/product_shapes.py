@@ -20,9 +20,10 @@ BAND = 4
 
 
 def boxes(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Rows and columns that are fetched or stored at once, by operand; P goes in halves of a tile as well."""
+    """Rows and columns that are fetched or stored at once, by operand; ``r`` is Q in halves of a tile."""
     side, depth = shape.side, shape.depth
-    return {"p": (side, depth), "q": (2 * side, depth), "d": (side, side), "out": (side, side)}
+    half, square = (side, depth), (side, side)
+    return {"p": half, "q": (2 * side, depth), "r": half, "d": square, "out": square}
 
 
 _MULTIPLIED = {8: 1024, 9: 2048, 10: 4096, 12: 1024}

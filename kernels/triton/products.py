@@ -1,13 +1,13 @@
-"""The symmetric products of Newton–Schulz, batched: ``X Xᵀ``, ``b A + c A²`` and ``a X + B X``.
+"""The products of Newton–Schulz, batched: ``X Xᵀ``, ``b A + c A²``, ``a A + A B`` and ``a X + B X``.
 
-The first two compute one triangle and store each square twice: the result is symmetric to the bit. All
+The first three compute one triangle and store each square twice: the result is symmetric to the bit. All
 accumulate in fp32 and round once; fp32 goes through the tensor cores as three products of TF32 parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,7 @@ def gram(X: Tensor, out: Tensor | None = None) -> Tensor:
         out = X.new_empty((*X.shape[:-1], X.shape[-2]))
     if X.shape[-1] == 0:
         return out.zero_()
-    _symmetric(X, None, 1.0, 0.0, out)
+    _symmetric(X, X, None, 1.0, 0.0, out)
     return out
 
 
@@ -41,7 +41,15 @@ def polynomial(A: Tensor, b: float, c: float, out: Tensor | None = None) -> Tens
     """``b A + c A²`` of symmetric matrices [..., m, m], into ``out`` if given; no memory may be shared."""
     if out is None:
         out = torch.empty_like(A)
-    _symmetric(A, A, c, b, out)
+    _symmetric(A, A, A, c, b, out)
+    return out
+
+
+def multiply_commuting(A: Tensor, B: Tensor, a: float, out: Tensor | None = None) -> Tensor:
+    """``a A + A B`` of symmetric [..., m, m] that commute, into ``out`` if given, apart from both."""
+    if out is None:
+        out = torch.empty_like(A)
+    _symmetric(A, B, A, 1.0, a, out)
     return out
 
 
@@ -92,11 +100,12 @@ def _box(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, rows, columns])
 
 
-def _operands(tensors: Sequence[Tensor | None], shape: Shape, boxed: bool) -> tuple[Any, ...]:
-    """P, Q, D and the result as the kernels take them: descriptors of boxes, or addresses and strides."""
+def _operands(tensors: Mapping[str, Tensor | None], shape: Shape, boxed: bool) -> tuple[Any, ...]:
+    """Matrices as the kernels take them: descriptors of boxes, or addresses and strides."""
+    sizes = boxes(shape)
     return tuple(
-        None if x is None else _box(x, *size) if boxed else (x, *x.stride())
-        for x, size in zip(tensors, boxes(shape).values(), strict=True)
+        None if x is None else _box(x, *sizes[name]) if boxed else (x, *x.stride())
+        for name, x in tensors.items()
     )
 
 
@@ -124,22 +133,24 @@ def _check(out: Tensor, shape: torch.Size, *inputs: Tensor) -> None:
         assert x.data_ptr() != out.data_ptr() or out.numel() == 0, "a product cannot replace its operand"
 
 
-def _symmetric(P: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
-    """``out = alpha P Pᵀ + beta D``."""
+def _symmetric(P: Tensor, Q: Tensor, D: Tensor | None, alpha: float, beta: float, out: Tensor) -> None:
+    """``out = alpha P Qᵀ + beta D``, symmetric but for rounding."""
     from . import product_kernels
 
-    _check(out, torch.Size((*P.shape[:-1], P.shape[-2])), P)
+    _check(out, torch.Size((*P.shape[:-1], P.shape[-2])), P, Q)
     if out.numel() == 0:
         return
-    p, d, y = _matrices(P), None if D is None else _matrices(D), _matrices(out)
-    # Both are symmetric: lay them out by rows.
+    p, q, d, y = _matrices(P), _matrices(Q), None if D is None else _matrices(D), _matrices(out)
+    # These are symmetric: lay them out by rows, and both factors alike.
     d, y = d.mT if d is not None and _swapped(d) else d, y.mT if _swapped(y) else y
+    q = q if _swapped(q) == _swapped(p) else q.mT
     (batches, m, k), bits = p.shape, 8 * p.itemsize
     capability, processors = _machine(out.device)
     shape = symmetric_shape(batches, m, bits, capability, processors)
-    boxed = has_boxes(capability) and all(_is_boxed(t) for t in (p, d, y) if t is not None)
+    boxed = has_boxes(capability) and all(_is_boxed(t) for t in (p, q, d, y) if t is not None)
     flags = {**constants(shape, boxed, bits), "ADD": d is not None, "SWAPPED": boxed and _swapped(p)}
-    arguments = (*_operands((p, p, d, y), shape, boxed), batches, m, k, alpha, beta)
+    operands = _operands({"p": p, "q": q, "r": q, "d": d, "out": y}, shape, boxed)
+    arguments = (*operands, batches, m, k, alpha, beta)
     _launch(product_kernels.symmetric, batches * sum(triangle(m, shape.side)), arguments, shape, flags, out)
 
 
@@ -162,5 +173,6 @@ def _rectangular(X: Tensor, B: Tensor, a: float, out: Tensor) -> None:
     flags = constants(shape, boxed, bits)
     for name, operand in (("P_SWAPPED", p), ("Q_SWAPPED", q), ("D_SWAPPED", d)):
         flags[name] = boxed and _swapped(operand)
-    arguments = (*_operands((p, q, d, y), shape, boxed), batches, m, n, p.shape[-1], 1.0, a)
+    operands = _operands({"p": p, "q": q, "d": d, "out": y}, shape, boxed)
+    arguments = (*operands, batches, m, n, p.shape[-1], 1.0, a)
     _launch(product_kernels.rectangular, batches * rectangle(m, n, shape.side), arguments, shape, flags, out)

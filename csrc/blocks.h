@@ -56,18 +56,15 @@ struct Scaling : AnyScaling {
 struct int8 : BlocksOf<256, 8, 32> {
   static constexpr bool lookup = true;
 
-  static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
-  static FO_INLINE U code(F n, const char* table) {
-    U sum = step(n, table);
-    return (sum >> 16) ^ (U(0u) - (sum >> 31));
-  }
+  static FO_INLINE F value(U code, const char* table) { return dynamic_value(code, table); }
+  static FO_INLINE U code(F n, const char* table) { return dynamic_code(n, table); }
 };
 
 struct int8_unsigned : BlocksOf<256, 8, 32> {
   static constexpr bool lookup = true;
 
-  static FO_INLINE F value(U code, const char* table) { return map_value(code, table); }
-  static FO_INLINE U code(F n, const char* table) { return step(n, table) >> 16; }
+  static FO_INLINE F value(U code, const char* table) { return dynamic_unsigned_value(code, table); }
+  static FO_INLINE U code(F n, const char* table) { return dynamic_unsigned_code(n, table); }
 };
 
 // Even steps of n / (1 + |n|), which is steeper near zero.

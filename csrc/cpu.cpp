@@ -28,11 +28,16 @@ struct NamedIsa {
 
 // From the most to the least preferred.
 const NamedIsa* isas() {
+#ifdef FO_HAVE_AVX512
+  static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const NamedIsa gathers{"avx512", &avx512, wide}, permutes{"avx512_permute", &avx512_permute, wide};
+  static const bool slow_gathers = __builtin_cpu_is("amd");
+#endif
   static const NamedIsa list[] = {
 #ifdef FO_HAVE_AVX512
-      {"avx512", &avx512,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      slow_gathers ? permutes : gathers,
+      slow_gathers ? gathers : permutes,
 #endif
 #ifdef FO_HAVE_AVX2
       {"avx2", &avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},

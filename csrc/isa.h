@@ -27,6 +27,6 @@ struct Isa {
   void (*transposable_mask)(const Values& x, int64_t columns, int64_t first, int64_t last, uint8_t* bits);
 };
 
-extern const Isa portable, avx2, avx512;
+extern const Isa portable, avx2, avx512, avx512_permute;
 
 }  // namespace fo

@@ -1,7 +1,8 @@
 """Constant tables that kernels look values up in, built once in NumPy and kept per device.
 
-A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value) and ``steps`` (64 Ki
-words: from the upper half of a number's bits to what makes the sum with all of them show its code).
+A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value), ``steps`` (64 Ki words:
+from the upper half of a number's bits to what makes the sum with all of them show its code) and ``lines``
+(of 192 or 320 floats, for processors that permute registers faster than they gather).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ Array = np.ndarray
 
 STEPS = 1024
 """Where ``steps`` begin, in bytes."""
+
+LINES = STEPS + 4 * 2**16
+"""Where ``lines`` begin, in bytes."""
 
 
 def _decades(signed: bool) -> list[Array]:
@@ -86,8 +90,31 @@ def _steps(signed: bool) -> Array:
     return (low << 16) + carry + (negative.astype(np.uint32) << 31) - (upper << 16)
 
 
+def _lines(signed: bool) -> Array:
+    """A magnitude's code without steps: 16 of each of two slopes and offsets, and all middles.
+
+    Between two powers of four the number of middles below ``x`` is the integer part of ``min(slope * x +
+    offset)`` over two lines, or one more. Entry ``e // 2 % 16`` is for exponents (as they are stored) of
+    ``e``; less than 102 count as 102. Each decade is a line, and the slopes fall, so the least one is right.
+    """
+    inner = middles(magnitudes(signed))
+    first, ninth = (1 if signed else 2), 1 / np.float64(0.9)
+    entries, scales = first * 2.0 ** np.arange(7), 10.0 ** np.arange(6, -1, -1)
+    # Below the first middle there is none; a decade's first middle lies 0.2 behind its line.
+    slopes = np.concatenate([[1 / np.float64(inner[0])], scales * entries * ninth])
+    offsets = np.concatenate([[0.0], entries * (1 - 0.1 * ninth) + (1 - first)]) - 0.3
+    starts = np.ldexp(1.0, np.arange(-25, 1, 2))
+    both = []
+    for x in (starts, 4 * starts):
+        best = np.argmin(slopes * x[:, None] + offsets, axis=1)
+        both += [slopes[best], offsets[best]]
+    rows = [np.pad(each, (3, 0), mode="edge").astype(np.float32) for each in both]
+    return np.concatenate([*rows, inner, np.full(-len(inner) % 128, np.inf, np.float32)])
+
+
 def _dynamic(signed: bool) -> Array:
-    return np.concatenate([dynamic_map(signed).view(np.uint8), _steps(signed).view(np.uint8)])
+    parts = dynamic_map(signed), _steps(signed), _lines(signed)
+    return np.concatenate([part.view(np.uint8) for part in parts])
 
 
 SIGNED_FOUR_BITS: tuple[float, ...] = (

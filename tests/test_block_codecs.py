@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fused_optim import SGD, AdamW
 from fused_optim.kernels import lookup
 from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.native import cpu
 from fused_optim.kernels.reference.blocks import BLOCK_CODECS, BlockCodec
 from tests.oracles.block_codecs import VALUES, distance_to_nearest, dynamic_map
 
+TABLES = {True: "dynamic_signed", False: "dynamic_unsigned"}
 SCALES = (2.0**-126, 1e-30, 0.37, 1.0, 3e7, 2.0**127, 3e38)
 BLOCKS = pytest.mark.parametrize("codec", BLOCK_CODECS.values(), ids=lambda codec: codec.name)
 
@@ -52,8 +58,8 @@ def test_dynamic_maps_are_the_papers_and_bitsandbytes(signed: bool) -> None:
 def test_the_kernels_table_tells_every_nearest_code(codec: BlockCodec) -> None:
     """For each upper half of a number's bits, and on both sides of each middle between two entries."""
     signed = _is_signed(codec)
-    steps = lookup.table(f"dynamic_{'signed' if signed else 'unsigned'}", torch.device("cpu"))
-    steps = steps[lookup.STEPS :].view(torch.int32).numpy().view(np.uint32)
+    steps = lookup.table(TABLES[signed], torch.device("cpu"))
+    steps = steps[lookup.STEPS : lookup.LINES].view(torch.int32).numpy().view(np.uint32)
     upper = np.arange(2**16, dtype=np.uint32) << 16
     middle = lookup.middles(lookup.magnitudes(signed)).view(np.uint32)
     beside = np.concatenate([middle, middle + 1, middle | 1 << 31, middle + 1 | 1 << 31])
@@ -65,6 +71,49 @@ def test_the_kernels_table_tells_every_nearest_code(codec: BlockCodec) -> None:
     n = torch.where(n.isfinite(), n, 0.0)
     known = n.abs() < 2
     assert torch.equal(torch.from_numpy(codes.astype(np.int32))[known], codec.code(n)[known])
+
+
+def _beside_every_middle(signed: bool) -> np.ndarray:
+    """Magnitudes where the code or the line that leads to it changes, with their neighbours, up to 1."""
+    points = np.concatenate([lookup.middles(lookup.magnitudes(signed)), np.ldexp(1.0, np.arange(-149, 1))])
+    points = np.append(points, 0.0).astype(np.float32)
+    beside = [points, np.nextafter(points, np.float32(2)), np.nextafter(points, np.float32(-1))]
+    return np.unique(np.clip(np.concatenate(beside), 0, np.float32(1 + 2**-23)))
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_lines_tell_every_nearest_code(signed: bool) -> None:
+    """Rounded lines rise, so that they are right between the numbers where they are."""
+    x, lines = _beside_every_middle(signed), lookup.table(TABLES[signed], torch.device("cpu"))[lookup.LINES :]
+    rows, inner = np.split(lines.view(torch.float32).numpy(), [64])
+    row = np.maximum(x.view(np.uint32), 102 << 23) >> 24 & 15
+    both = [rows[i + row].astype(np.float64) * x + rows[i + 16 + row] for i in (0, 32)]
+    count = np.minimum(*both).astype(np.float32).astype(np.int32)
+    count += x > inner[count]
+    assert np.array_equal(count, np.searchsorted(lookup.middles(lookup.magnitudes(signed)), x))
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_every_instruction_set_finds_every_nearest_code(isa: str) -> None:
+    """A first momentum is the gradient, and without averages a second moment its square."""
+    signed, unsigned = (_beside_every_middle(sign) for sign in (True, False))
+    roots = np.sqrt(unsigned)
+    tries = np.concatenate([signed, -signed, roots, np.nextafter(roots, 2), np.nextafter(roots, -1)])
+    grad = torch.ones(-(-len(tries) // 255), 256)
+    grad.view(-1)[torch.arange(grad.numel()) % 256 != 0] = torch.nn.functional.pad(
+        torch.from_numpy(tries.astype(np.float32)), (0, len(grad) * 255 - len(tries))
+    )
+    states = []
+    for backend in ("native", "reference"):
+        for make in (partial(SGD, momentum=0.9), partial(AdamW, betas=(0.0, 0.0))):
+            w = Parameter(torch.zeros_like(grad))
+            w.grad = grad.clone()
+            optimizer = make([w], lr=0.1, state_codec="int8", keep_fp32=0, backend=backend)
+            with cpu._forced_isa(isa):
+                optimizer.step()
+            states.append([plane for plane in optimizer.state[w].values() if plane.dtype is torch.uint8])
+    found, expected = [*states[0], *states[1]], [*states[2], *states[3]]
+    assert len(found) == 3 and all(map(torch.equal, found, expected))
 
 
 @BLOCKS

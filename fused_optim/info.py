@@ -95,7 +95,13 @@ def _columns(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def info() -> str:
-    """The text of `python -m fused_optim info`."""
+    """The text of `python -m fused_optim info`.
+
+    Example:
+        >>> from fused_optim.info import info
+        >>> print(info().splitlines()[0])
+        versions
+    """
     lines: list[str] = []
     for title, section in report().items():
         lines += [title, *(f"  {line}" for line in _columns(section.items()))]

@@ -26,6 +26,7 @@ from .kernels.spectral.matrices import (
     restore,
     wide,
 )
+from .kernels.spectral.products import one_by_one
 
 __all__ = ["hard_clip", "inverse_sqrt", "orthogonalize", "soft_clip", "spectral_norm"]
 
@@ -99,8 +100,17 @@ def orthogonalize(
     if not X.numel():
         return X.clone()
     Y, tall = wide(X)
-    scale = reciprocal(frobenius(Y) * plan.margin, torch.promote_types(Y.dtype, torch.float32))
-    return restore(newton_schulz.orthogonalize((Y * scale).to(work), plan.steps, form), X, tall)
+
+    def scaled_and_iterated(Y: Tensor) -> Tensor:
+        scale = reciprocal(frobenius(Y) * plan.margin, torch.promote_types(Y.dtype, torch.float32))
+        return newton_schulz.orthogonalize((Y * scale).to(work), plan.steps, form)
+
+    if len(Y) == 1 or not one_by_one(Y.shape[-2], work, Y.device.type):
+        return restore(scaled_and_iterated(Y), X, tall)
+    O = torch.empty(Y.shape, dtype=work, device=Y.device)
+    for target, matrix in zip(O.split(1), Y.split(1), strict=True):
+        target.copy_(scaled_and_iterated(matrix))
+    return restore(O, X, tall)
 
 
 def soft_clip(

@@ -180,6 +180,8 @@ def test_a_mask_of_two_in_four_adds_few_instructions(kernels: list[dict[str, Any
 def test_exact_costs_are_those_counted(kernels: list[dict[str, Any]]) -> None:
     counted = set(EXACT_INSTRUCTIONS)
     assert counted == {*RULES, CAST_ADAM.name}, "python -m bench static counts a new rule's instructions"
+    dear = {name for name in CODECS if name not in ("fp32", "bf16", "fp16", "fp64", "blank", "mask")}
+    assert set(CODEC_INSTRUCTIONS) == dear, "python -m bench static counts a new codec's instructions"
     exact = [k for k in kernels if k["arithmetic"] == "exact" and not k["strided"]]
     for rule in RULES:
         bound = EXACT_INSTRUCTIONS[rule]

@@ -12,15 +12,7 @@ from torch import Tensor
 
 from .coefficients import Coefficients
 from .matrices import add_identity
-from .products import (
-    by_triangle,
-    gram,
-    multiply_add,
-    multiply_commuting,
-    one_by_one,
-    polynomial,
-    triangle_share,
-)
+from .products import by_triangle, gram, multiply_add, multiply_commuting, polynomial, triangle_share
 
 # Steps between two products that touch X, because the Gram matrix holds squares. For a spectrum over two
 # decades, 256 x 256, Jordan's five in bfloat16 are off by 0.016 in standard form, by 0.025 with restarts at
@@ -102,11 +94,6 @@ def orthogonalize(Y: Tensor, steps: Sequence[Coefficients], form: str) -> Tensor
     m, n = Y.shape[-2:]
     if form == "auto":
         form = auto_form(m, n, steps, Y.dtype, Y.device.type)
-    if len(Y) > 1 and one_by_one(m, Y.dtype, Y.device.type):
-        X = torch.empty_like(Y)
-        for target, matrix in zip(X.split(1), Y.split(1), strict=True):
-            target.copy_(orthogonalize(matrix, steps, form))
-        return X
     if form == "gram":
         return in_gram_form(Y, steps, restarts(len(steps), Y.dtype))
     return standard(Y, steps)

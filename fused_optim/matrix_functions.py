@@ -107,10 +107,10 @@ def orthogonalize(
 
     if len(Y) == 1 or not one_by_one(Y.shape[-2], work, Y.device.type):
         return restore(scaled_and_iterated(Y), X, tall)
-    O = torch.empty(Y.shape, dtype=work, device=Y.device)
-    for target, matrix in zip(O.split(1), Y.split(1), strict=True):
+    results = torch.empty(Y.shape, dtype=work, device=Y.device)
+    for target, matrix in zip(results.split(1), Y.split(1), strict=True):
         target.copy_(scaled_and_iterated(matrix))
-    return restore(O, X, tall)
+    return restore(results, X, tall)
 
 
 def soft_clip(

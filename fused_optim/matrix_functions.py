@@ -107,7 +107,7 @@ def orthogonalize(
 
     if len(Y) == 1 or not one_by_one(Y.shape[-2], work, Y.device.type):
         return restore(scaled_and_iterated(Y), X, tall)
-    results = torch.empty(Y.shape, dtype=work, device=Y.device)
+    results = torch.empty(Y.shape, dtype=X.dtype, device=Y.device)
     for target, matrix in zip(results.split(1), Y.split(1), strict=True):
         target.copy_(scaled_and_iterated(matrix))
     return restore(results, X, tall)

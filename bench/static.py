@@ -216,7 +216,8 @@ def compile_kernel(job: Job) -> Any:
     options: dict[str, Any]
     if job.rule in SEARCHES:
         found = search(job.rule, job.codecs[0], job.group)
-        kernel, constants, options = found.kernel, found.constants, {"num_warps": found.warps}
+        kernel, constants = found.kernel, found.constants
+        options = {"num_warps": found.warps, "enable_fp_fusion": False}
         types, aligned = found.signature, found.aligned
     elif job.rule is None:
         kernel, types, aligned = step.square_sum, _TYPES, ()

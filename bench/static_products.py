@@ -135,7 +135,7 @@ def compile_kernel(job: Job) -> Any:
             signature[name] = ("*" + job.dtype, *("constexpr" if j == unit else "i32" for j in (1, 2, 3)))
             fixed[(i, unit)] = 1
             attributes |= {(i, j): aligned for j in (0, 1, 2, 3) if j != unit}
-    options = {"num_warps": job.shape.warps, "num_stages": job.shape.stages}
+    options = {"num_warps": job.shape.warps, "num_stages": job.shape.stages, "enable_fp_fusion": True}
     source = ASTSource(kernel, signature, fixed, attributes)
     return compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
 

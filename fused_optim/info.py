@@ -78,7 +78,9 @@ def report() -> dict[str, Section]:
         "versions": {
             "fused_optim": _version("fused_optim"),
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "numpy")},
+            # With the CUDA version that it was built for, which its package does not tell.
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("triton", "numpy")},
         },
         "CPU": _cpu(),
         "CUDA": _cuda(),

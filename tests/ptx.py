@@ -273,8 +273,13 @@ class Machine:
             half, whole = {32: (np.uint16, np.uint32), 64: (np.uint32, np.uint64)}[int(kind[1:])]
             low, high = (self.read(each.strip(), half) for each in operands[1].strip("{}").split(","))
             return high.astype(whole) << whole(8 * half().itemsize) | low
-        dtype = bool if kind == "pred" else _dtype(kind)
         sources = operands[1:]
+        if kind.endswith("16x2"):
+            shape = self.program[self.lanes].shape
+            words = (np.broadcast_to(self.read(each, np.uint32), shape) for each in sources)
+            halves = [np.ascontiguousarray(word).view(_dtype(kind[:-2])) for word in words]
+            return self._computed(name, parts, halves, _dtype(kind[:-2])).view(np.uint32)
+        dtype = bool if kind == "pred" else _dtype(kind)
         if name == "selp":
             a, b = (self.read(each, dtype) for each in sources[:2])
             return np.where(self.read(sources[2], bool), a, b)

@@ -1,4 +1,4 @@
-"""The README's recipes for frameworks, run where these are installed; FSDP2's is in ``test_dtensor.py``."""
+"""The README's recipes for frameworks; FSDP2's is in ``test_dtensor.py``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _need(*packages: str) -> None:
     """Skips without importing, which takes seconds."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        pytest.skip(f"{' and '.join(missing)} not installed, and no part of the test extra")
+        pytest.skip(f"{' and '.join(missing)} not installed")
 
 
 def _model() -> Any:

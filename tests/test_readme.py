@@ -20,14 +20,15 @@ from tests.readme import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
+EPYC = RESULTS.with_name("cpu-2-core-epyc")
 
 
-def _result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
+def _result(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    return json.loads((folder / name).read_text())
 
 
-def _cases(name: str) -> list[dict[str, Any]]:
-    return _result(name)["cases"]
+def _cases(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    return _result(name, folder)["cases"]
 
 
 def _rows(first_cell_of_header: str, section: str = TEXT) -> list[list[str]]:
@@ -67,26 +68,41 @@ def test_every_anchor_exists() -> None:
 
 def test_steps() -> None:
     section = TEXT[TEXT.index("## Numbers") :]
-    measured = [c["targets"][0]["measured"] for c in _cases("step.json") if c["targets"]]
-    for row, value in zip(_rows("case", section), measured, strict=True):
-        _says(row[2], value)
+    rows = _rows("case", section)
+    for column, folder in ((2, RESULTS), (3, EPYC)):
+        measured = [c["targets"][0]["measured"] for c in _cases("step.json", folder) if c["targets"]]
+        for row, value in zip(rows, measured, strict=True):
+            _says(row[column], value)
+    cold = re.search(r"with cold ones, beside other libraries, it is ([\d.]+) there", " ".join(TEXT.split()))
+    faster = re.search(r"copies were ([\d.]+) times as fast, the ratio was ([\d.]+) ", " ".join(TEXT.split()))
+    assert cold is not None and faster is not None
+    now, before = (
+        next(c for c in _cases(name, EPYC) if c["name"] == "AdamW fp32, many tensors")
+        for name in ("step.json", "step-faster-memory.json")
+    )
+    _says(faster[1], before["copy_gb_per_s"] / now["copy_gb_per_s"])
+    _says(faster[2], before["targets"][0]["measured"])
+    ours, theirs = _cases("step.json", EPYC)[-1]["rows"][:2]
+    _says(cold[1], ours["ms"]["median"] / theirs["ms"]["median"])
+
+
+def _medians(folder: Path) -> dict[str, dict[str, float]]:
+    """By case and library, milliseconds of the codecs' table."""
+    return {
+        case["name"]: {row["source"]: row["ms"]["median"] for row in case["rows"]}
+        for case in _cases("codecs.json", folder)
+    }
 
 
 def test_codecs() -> None:
-    medians = {
-        case["name"]: {row["source"]: row["ms"]["median"] for row in case["rows"]}
-        for case in _cases("codecs.json")
-    }
-    section = TEXT[
-        TEXT.index("States\nof 8 bits" if "States\nof 8 bits" in TEXT else "States of 8 bits and split") :
-    ]
+    section = TEXT[TEXT.index("States of 8 bits and split weights") :]
     for name, *cells in _rows("case", section):
-        found = medians[
-            name.replace("`", "").replace(" + ", "/").replace("AdamW bf16_split8 ", "AdamW bf16_split8/")
-        ]
+        case = name.partition(" (")[0].replace("`", "").replace(" + ", "/")
+        case = case.replace("AdamW bf16_split8 ", "AdamW bf16_split8/")
         for peer, cell in zip(("torch-fused", "bitsandbytes-8bit", "torchao-8bit"), cells, strict=True):
-            if cell:
-                _says(cell, found["fused_optim"] / found[peer])
+            for said, folder in zip(cell.split(", ") if cell else (), (RESULTS, EPYC), strict=bool(cell)):
+                found = _medians(folder)[case]
+                _says(said, found["fused_optim"] / found[peer])
     order = (
         "AdamW fp32/int8",
         "AdamW fp32/int8_companded",
@@ -105,6 +121,11 @@ def test_whole_matrices() -> None:
     target = _cases("newton_schulz.json")[0]["targets"][0]
     assert muon is not None
     for text, value in zip(muon.groups(), (target["measured"], *target["quartiles"]), strict=True):
+        _says(text, value)
+    elsewhere = re.search(r"it takes ([\d.]+) \(([\d.]+) to ([\d.]+);", " ".join(TEXT.split()))
+    target = _cases("newton_schulz.json", EPYC)[-1]["targets"][0]
+    assert elsewhere is not None
+    for text, value in zip(elsewhere.groups(), (target["measured"], *target["quartiles"]), strict=True):
         _says(text, value)
     shares = re.search(
         r"runs at (\d+) % of the speed .* iteration at (\d+) %: .* ours has (\d+) % fewer",

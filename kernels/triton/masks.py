@@ -98,7 +98,7 @@ def _launch(kernel: Any, programs: int, device: torch.device, *arguments: Any) -
             kernel[(programs,)](*arguments)
     else:
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, num_warps=WARPS)
+            kernel[(programs,)](*arguments, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def nm_mask(x: Tensor, group: int, kept: int) -> Tensor:

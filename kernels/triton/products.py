@@ -123,7 +123,8 @@ def _launch(
             kernel[(programs,)](*arguments, **flags)
     else:
         with torch.cuda.device(out.device):
-            kernel[(programs,)](*arguments, **flags, num_warps=shape.warps, num_stages=shape.stages)
+            options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+            kernel[(programs,)](*arguments, **flags, **options)
 
 
 def _check(out: Tensor, shape: torch.Size, *inputs: Tensor) -> None:

@@ -97,7 +97,8 @@ def _operands(job: Job) -> dict[str, bool | None]:
     if job.product == "multiply_add":
         return {"p": False, "q": not job.by_columns, "d": job.by_columns, "out": False}
     d = None if job.product == "gram" else False
-    return {"p": job.by_columns, "q": job.by_columns, "r": job.by_columns, "d": d, "out": False}
+    halves = job.by_columns if job.boxed else None
+    return {"p": job.by_columns, "q": job.by_columns, "r": halves, "d": d, "out": False}
 
 
 def compile_kernel(job: Job) -> Any:

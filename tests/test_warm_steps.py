@@ -240,6 +240,7 @@ def _legacy_profiled(optimizer: Any) -> list[str]:
     return [event.key for event in profile.key_averages()]
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("profiled", [_profiled, _legacy_profiled])
 def test_a_profiler_sees_the_step(profiled: Callable[[Any], list[str]]) -> None:
     optimizer, params = _optimizer()

@@ -14,7 +14,7 @@ USABLE_SHARE = 0.6
 """Of the issue slots: loads stall, and never all slots are used."""
 
 EXACT_INSTRUCTIONS = {
-    **{"sgd": 12, "sgd_momentum": 18, "lion": 21},
+    **{"sgd": 12, "sgd_momentum": 18, "lion": 22},
     **{"adam": 45, "adam_amsgrad": 48, "cast_adam": 50},
 }
 """Executed per element in exact arithmetic, rounded up from the dearest storage of ``bench static``."""

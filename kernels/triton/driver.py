@@ -135,8 +135,8 @@ def step_constants(
     constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
     blocks = sum(codec.block > 1 for codec in codecs)
     if exact and blocks > 1 and rule.inner is None and not strided:
-        # Left alone, ptxas keeps to 128 and spills 8 to 16 bytes of some. Smaller kernels it would only enlarge.
-        options["maxnreg"] = 144 if blocks < 3 else 208
+        # Left alone, ptxas keeps to 128 and spills 8 to 16 bytes of some. Smaller kernels would only grow.
+        options["maxnreg"] = 128 if blocks < 3 else 208
     return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
 
 

@@ -149,7 +149,7 @@ def symmetric(
     SIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
     ADD: tl.constexpr, BOXES: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``alpha P Qᵀ + beta D``, symmetric but for rounding; q and r are Q, in boxes of 2 SIDE and SIDE rows.
+    """``alpha P Qᵀ + beta D``, symmetric but for rounding; Q is q in boxes of 2 SIDE rows and r in half of them.
 
     The matrix is cut into squares of two tiles. First come the squares below the diagonal, a tile a
     program, then those on it, three halves of a tile each: these fill the gaps that the others leave.
@@ -179,8 +179,9 @@ def symmetric(
         row = (index // 3 * 2 + (index % 3 + 1) // 2) * SIDE
         column = (index // 3 * 2 + index % 3 // 2) * SIDE
         if row < m:
+            half = r if BOXES else q
             acc = _product(
-                p, r, batch, row, column, m, m, k, SIDE, SIDE, DEPTH, BOXES, SWAPPED, SWAPPED, PRECISION
+                p, half, batch, row, column, m, m, k, SIDE, SIDE, DEPTH, BOXES, SWAPPED, SWAPPED, PRECISION
             )
             x = _combined(acc, d, out, batch, row, column, m, m, alpha, beta, SIDE, ADD, BOXES, False)
             if row == column:

@@ -150,7 +150,7 @@ def _symmetric(P: Tensor, Q: Tensor, D: Tensor | None, alpha: float, beta: float
     shape = symmetric_shape(batches, m, bits, capability, processors)
     boxed = has_boxes(capability) and all(_is_boxed(t) for t in (p, q, d, y) if t is not None)
     flags = {**constants(shape, boxed, bits), "ADD": d is not None, "SWAPPED": boxed and _swapped(p)}
-    operands = _operands({"p": p, "q": q, "r": q, "d": d, "out": y}, shape, boxed)
+    operands = _operands({"p": p, "q": q, "r": q if boxed else None, "d": d, "out": y}, shape, boxed)
     arguments = (*operands, batches, m, k, alpha, beta)
     _launch(product_kernels.symmetric, batches * sum(triangle(m, shape.side)), arguments, shape, flags, out)
 

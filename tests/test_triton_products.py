@@ -17,7 +17,8 @@ tl = pytest.importorskip("triton.language")
 product_kernels = pytest.importorskip("fused_optim.kernels.triton.product_kernels")
 # NumPy 2.4 refuses what Triton 3.6 does for a range whose bound is an argument.
 pytestmark = pytest.mark.skipif(
-    triton.knobs.runtime.interpret and triton.__version__ < "3.7", reason="Triton 3.6 interprets no such range"
+    triton.knobs.runtime.interpret and triton.__version__ < "3.7",
+    reason="Triton 3.6 interprets no such range",
 )
 
 TARGETS = [cases.INTERPRETER, cases.GPU[0]]

@@ -149,7 +149,7 @@ def symmetric(
     SIDE: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
     ADD: tl.constexpr, BOXES: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``alpha P Qᵀ + beta D``, symmetric but for rounding; Q is q in boxes of 2 SIDE rows and r in half of them.
+    """``alpha P Qᵀ + beta D``, symmetric but for rounding; Q is q in boxes of 2 SIDE rows, r in halves.
 
     The matrix is cut into squares of two tiles. First come the squares below the diagonal, a tile a
     program, then those on it, three halves of a tile each: these fill the gaps that the others leave.

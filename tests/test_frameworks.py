@@ -13,7 +13,7 @@ import fused_optim
 from tests.readme import code_of
 
 # Warnings of these packages about each other are not ours.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY, LENGTH, SEQUENCES = 32, 8, 16
 
 

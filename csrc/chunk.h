@@ -2,6 +2,9 @@
 // that stays in the first cache, and back. One switch per chunk, and constants stay in registers.
 #pragma once
 
+#ifdef FO_PERMUTES
+#include "permute.h"
+#endif
 #include "random.h"
 #include "stage.h"
 
@@ -60,14 +63,37 @@ FO_INLINE void put_codes(char* codes, int i, U x) {
   }
 }
 
-// Calls body(slot, at, i) for the vectors of elements [begin, end): `at` is where vector i is in the slot. If
-// memory ends within the last vector, that one is in a copy, which is put back if `written`.
-template <class Body>
+// How many neighbours are converted at once.
+#ifdef FO_PERMUTES
+template <class Codec>
+constexpr int WIDTH = Codec::lookup ? MANY : LANES;
+#else
+template <class Codec>
+constexpr int WIDTH = LANES;
+#endif
+template <class Codec>
+FO_INLINE void decode_codes(Codec c, const char* codes, const char* lookup, F scale, float* values) {
+#ifdef FO_PERMUTES
+  if constexpr (Codec::lookup) return decode_many(codes, lookup, scale, values);
+#endif
+  store(values, c.value(get_codes<c.bits(0)>(codes, 0), lookup) * scale);
+}
+template <class Codec>
+FO_INLINE void encode_codes(Codec c, const float* values, F times, const char* lookup, char* codes) {
+#ifdef FO_PERMUTES
+  if constexpr (Codec::lookup) return encode_many(c, values, times, lookup, codes);
+#endif
+  put_codes<c.bits(0)>(codes, 0, c.code(load<float>(values) * times, lookup));
+}
+
+// Calls body(slot, at, i) for every COUNT of elements [begin, end): `at` is where element i is in the slot.
+// If memory ends within the last ones, these are in a copy, which is put back if `written`.
+template <int COUNT = LANES, class Body>
 FO_INLINE void each_vector(const Slot& home, int begin, int end, bool written, Body body) {
   int i = begin;
   // A copy, because a store to a plane might change the slot itself for all that the compiler knows.
   const Slot slot = home;
-  _Pragma("GCC unroll 4") for (; i + LANES <= end; i += LANES) body(slot, i, i);
+  _Pragma("GCC unroll 4") for (; i + COUNT <= end; i += COUNT) body(slot, i, i);
   if (i >= end) return;
   Stage rest;
   body(rest.fetch(home, i, end - i), 0, i);
@@ -106,8 +132,8 @@ void decode_blocks(Codec c, const Slot& slot, int count, float* values) {
   for (int begin = 0, block = 0; begin < count; begin += c.block, ++block) {
     int end = begin + c.block < count ? begin + c.block : count;
     F scale(scale_at<Codec>(slot.planes[1], block));
-    each_vector(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
-      store(values + i, c.value(get_codes<c.bits(0)>(from.planes[0], at), slot.lookup) * scale);
+    each_vector<WIDTH<Codec>>(slot, begin, end, false, [&](const Slot& from, int at, int i) FO_LAMBDA {
+      decode_codes(c, from.planes[0] + at * c.bits(0) / 8, slot.lookup, scale, values + i);
     });
   }
 }
@@ -147,6 +173,7 @@ void put_scales(const Scaling<Codec>& scaling, char* scales, int blocks) {
 // `values` go on with zeros to the end of a vector.
 template <class Codec>
 void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ahead) {
+  constexpr int width = WIDTH<Codec>;
   alignas(64) uint32_t top[LANES] = {}, positive[LANES] = {}, alive[LANES];
   alignas(64) float inverse[LANES];
   find_tops<Codec>(values, count, top, positive);
@@ -159,25 +186,23 @@ void encode_blocks(Codec c, const Slot& slot, int count, float* values, Ahead ah
     int end = begin + c.block < count ? begin + c.block : count;
     const F times(inverse[block]);
     if (!alive[block]) memset(values + begin, 0, sizeof(float) * (end - begin));
-    auto encode = [&](char* to, int at, int i) FO_LAMBDA {
-      put_codes<c.bits(0)>(to, at, c.code(load<float>(values + i) * times, lookup));
-    };
+    auto encode = [&](char* to, int i) FO_LAMBDA { encode_codes(c, values + i, times, lookup, to); };
     if (end - begin == c.block) {
       // The codes of the next chunk: the core itself never fetches from beyond a page.
       for (int k = 0; k < c.block * c.bits(0) / 8; k += 64) {
         __builtin_prefetch(codes + (begin + CHUNK) * c.bits(0) / 8 + k, 1, 2);
       }
-      _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += LANES) {
-        ahead.fetch(begin + k);
-        encode(codes, begin + k, begin + k);
+      _Pragma("GCC unroll 4") for (int k = 0; k < c.block; k += width) {
+        for (int near = 0; near < width; near += LANES) ahead.fetch(begin + k + near);
+        encode(codes + (begin + k) * c.bits(0) / 8, begin + k);
       }
       continue;
     }
-    int full = end - (end - begin) % LANES;
-    for (int i = begin; i < full; i += LANES) encode(codes, i, i);
+    int full = end - (end - begin) % width;
+    for (int i = begin; i < full; i += width) encode(codes + i * c.bits(0) / 8, i);
     if (full < end) {
-      alignas(64) char rest[LANES];
-      encode(rest, 0, full);
+      alignas(64) char rest[width];
+      encode(rest, full);
       int bits = (end - full) * c.bits(0);
       if (bits % 8) rest[bits / 8] &= 15;
       memcpy(codes + full * c.bits(0) / 8, rest, (bits + 7) / 8);

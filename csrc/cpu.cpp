@@ -31,8 +31,9 @@ const NamedIsa* isas() {
 #ifdef FO_HAVE_AVX512
   static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const NamedIsa gathers{"avx512", &avx512, wide}, permutes{"avx512_permute", &avx512_permute, wide};
-  static const bool slow_gathers = __builtin_cpu_is("amd");
+  static const bool bytes = wide && __builtin_cpu_supports("avx512vbmi");
+  static const NamedIsa gathers{"avx512", &avx512, wide}, permutes{"avx512_permute", &avx512_permute, bytes};
+  static const bool slow_gathers = bytes && __builtin_cpu_is("amd");
 #endif
   static const NamedIsa list[] = {
 #ifdef FO_HAVE_AVX512

@@ -1,8 +1,9 @@
 """Constant tables that kernels look values up in, built once in NumPy and kept per device.
 
 A table of the 8-bit dynamic maps is one blob: ``value`` (256 floats: code to value), ``steps`` (64 Ki words:
-from the upper half of a number's bits to what makes the sum with all of them show its code) and ``lines``
-(of 192 or 320 floats, for processors that permute registers faster than they gather).
+from the upper half of a number's bits to what makes the sum with all of them show its code) and, for
+processors that permute registers faster than they gather, ``lines`` (4 rows of 16 floats) and planes, each
+with one byte of every entry, of ``value`` and of 128 or 256 middles.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _steps(signed: bool) -> Array:
 
 
 def _lines(signed: bool) -> Array:
-    """A magnitude's code without steps: 16 of each of two slopes and offsets, and all middles.
+    """A magnitude's code without steps: 16 of each of two slopes and offsets.
 
     Between two powers of four the number of middles below ``x`` is the integer part of ``min(slope * x +
     offset)`` over two lines, or one more. Entry ``e // 2 % 16`` is for exponents (as they are stored) of
@@ -109,11 +110,18 @@ def _lines(signed: bool) -> Array:
         best = np.argmin(slopes * x[:, None] + offsets, axis=1)
         both += [slopes[best], offsets[best]]
     rows = [np.pad(each, (3, 0), mode="edge").astype(np.float32) for each in both]
-    return np.concatenate([*rows, inner, np.full(-len(inner) % 128, np.inf, np.float32)])
+    return np.concatenate(rows)
+
+
+def _planes(entries: Array) -> Array:
+    """The first bytes of all entries, then their second ones, and so on; 128 or 256 entries, the last Inf."""
+    filled = np.pad(entries, (0, -len(entries) % 128), constant_values=np.inf)
+    return np.ascontiguousarray(filled.view(np.uint8).reshape(-1, 4).T).ravel()
 
 
 def _dynamic(signed: bool) -> Array:
-    parts = dynamic_map(signed), _steps(signed), _lines(signed)
+    values, inner = dynamic_map(signed), middles(magnitudes(signed))
+    parts = values, _steps(signed), _lines(signed), _planes(values), _planes(inner)
     return np.concatenate([part.view(np.uint8) for part in parts])
 
 

@@ -84,8 +84,10 @@ def _beside_every_middle(signed: bool) -> np.ndarray:
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_lines_tell_every_nearest_code(signed: bool) -> None:
     """Rounded lines rise, so that they are right between the numbers where they are."""
-    x, lines = _beside_every_middle(signed), lookup.table(TABLES[signed], torch.device("cpu"))[lookup.LINES :]
-    rows, inner = np.split(lines.view(torch.float32).numpy(), [64])
+    x, table = _beside_every_middle(signed), lookup.table(TABLES[signed], torch.device("cpu"))
+    rows, middles = np.split(table[lookup.LINES :].numpy(), [256])
+    rows, planes = rows.view(np.float32), middles[1024:].reshape(4, -1)
+    inner = np.ascontiguousarray(planes.T).view(np.float32).ravel()
     row = np.maximum(x.view(np.uint32), 102 << 23) >> 24 & 15
     both = [rows[i + row].astype(np.float64) * x + rows[i + 16 + row] for i in (0, 32)]
     count = np.minimum(*both).astype(np.float32).astype(np.int32)
@@ -114,6 +116,26 @@ def test_every_instruction_set_finds_every_nearest_code(isa: str) -> None:
             states.append([plane for plane in optimizer.state[w].values() if plane.dtype is torch.uint8])
     found, expected = [*states[0], *states[1]], [*states[2], *states[3]]
     assert len(found) == 3 and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_every_instruction_set_reads_every_code(isa: str) -> None:
+    """In any order, in whole blocks and in a short one; weights show what was read."""
+    shuffled = torch.cat([torch.randperm(256, generator=torch.Generator().manual_seed(i)) for i in range(9)])
+    found: list[list[Tensor]] = []
+    for backend in ("native", "reference"):
+        w = Parameter(torch.linspace(-1, 1, len(shuffled) - 101))
+        optimizer = AdamW([w], lr=0.1, state_codec="int8", keep_fp32=0, backend=backend)
+        for step in range(2):
+            w.grad = torch.ones_like(w) if step == 0 else torch.zeros_like(w)
+            with cpu._forced_isa(isa):
+                optimizer.step()
+            for shift, plane in enumerate(optimizer.state[w].values()):
+                if step == 0 and plane.dtype is torch.uint8:
+                    plane.view(-1).copy_(shuffled.roll(shift)[: plane.numel()])
+        found.append([w.detach(), *optimizer.state[w].values()])
+    assert sum(plane.dtype is torch.uint8 for plane in found[0]) == 2
+    assert all(map(torch.equal, *found))
 
 
 @BLOCKS

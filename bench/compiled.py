@@ -15,7 +15,7 @@ import torch
 from .record import add_out, begin, save
 
 CAPABILITIES = (80, 90, 100)
-"""Compute capabilities of A100, H100 and B200."""
+"""Compute capabilities of A100, H200 and B200."""
 
 NOTE = "counted in compiled code; nothing was run, and no time was measured"
 
@@ -61,6 +61,6 @@ def run(report: Callable[[Job], Report], jobs: Sequence[Job], workers: int | Non
 
 
 def write(kind: str, argv: Sequence[str], options: argparse.Namespace, kernels: Sequence[Any]) -> None:
-    """Writes every count as JSON, where ``--out`` says."""
-    head = begin(kind, argv, torch.device("cpu"), options.quick)
+    """Writes every count as JSON, where ``--out`` says; that of few kernels is as true as that of all."""
+    head = begin(kind, argv, torch.device("cpu"))
     save({**head, "note": NOTE, "kernels": kernels}, options.out)

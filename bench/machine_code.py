@@ -87,12 +87,17 @@ class Instruction:
     operands: str
 
     @property
-    def bytes(self) -> int:
-        """Bytes of global memory that it surely moves."""
-        if self.predicated or not self.opcode.startswith(("LDG.", "STG.")):
+    def width(self) -> int:
+        """Bytes of global memory that it moves for a thread."""
+        if not self.opcode.startswith(("LDG.", "STG.")):
             return 0
         width = re.search(r"\.(8|16|U8|U16|64|128|256)\b", self.opcode)
         return int(width[1].lstrip("U")) // 8 if width else 4
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of global memory that it surely moves."""
+        return 0 if self.predicated else self.width
 
     def target(self, index_of: dict[int, int]) -> int:
         """The index of what a jump goes to; -1 if it is none, or leaves the kernel."""
@@ -123,11 +128,14 @@ def _indices(code: list[Instruction]) -> dict[int, int]:
     return {instruction.address: i for i, instruction in enumerate(code)}
 
 
-def executed_path(code: list[Instruction], first: int = 0, last: int | None = None) -> list[Instruction]:
+def executed_path(
+    code: list[Instruction], first: int = 0, last: int | None = None, avoided: tuple[str, ...] = ()
+) -> list[Instruction]:
     """The shortest of the paths that move most memory: a full tile without rare cases.
 
     Division and square root branch to a subroutine for denormals and overflow; the path goes past it.
-    ``first`` and ``last``: where it begins and, if not at the exit, ends.
+    ``first`` and ``last``: where it begins and, if not at the exit, ends. It goes round opcodes that begin
+    with one of ``avoided``, however far.
     """
     index_of = _indices(code)
     end = len(code) if last is None else last
@@ -137,7 +145,8 @@ def executed_path(code: list[Instruction], first: int = 0, last: int | None = No
         reachable = [(best[j], j) for j in code[i].successors(i, index_of) if j in best]
         if reachable:
             (moved, minus_length), following[i] = max(reachable)
-            best[i] = moved + code[i].bytes, minus_length - 1
+            length = len(code) if code[i].opcode.startswith(avoided) else 1
+            best[i] = moved + code[i].bytes, minus_length - length
     path, i = [], first
     while i < end:
         path.append(code[i])
@@ -152,10 +161,10 @@ def main_loop(code: list[Instruction]) -> tuple[int, int]:
     return max(loops, key=lambda loop: sum(code[i].bytes for i in range(*loop)))
 
 
-def executed_per_tile(code: list[Instruction], tiles: int) -> float:
+def executed_per_tile(code: list[Instruction], tiles: int, avoided: tuple[str, ...] = ()) -> float:
     """Instructions of a program that works on so many tiles in its main loop, for each of them."""
     first, last = main_loop(code)
-    body = len(executed_path(code, first, last)) + 1
+    body = len(executed_path(code, first, last, avoided)) + 1
     # Past the loop the shortest way leads out, as nothing is left.
     index_of = _indices(code)
     shortest = {len(code): 0}

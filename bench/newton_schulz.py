@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import _muon
+
+try:
+    from torch.optim import _muon
+except ImportError:
+    _muon = None
 
 from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
@@ -51,6 +55,7 @@ def _decaying(rows: int, columns: int, decades: float, device: torch.device) -> 
 
 
 def _torchs(X: Tensor) -> Tensor:
+    assert _muon is not None
     return _muon._zeropower_via_newtonschulz(X, JORDAN, 5, 1e-7)
 
 
@@ -73,6 +78,14 @@ def _worst(function: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> f
     return max(distance(function(X[0]), polynomials(X[0], 5)) for X in batches)
 
 
+def _torchs_loop(chosen: Sequence[Tensor]) -> Contender | Absent:
+    label = "torch.optim.Muon"
+    if _muon is None:
+        return Absent(label, "missing", "torch has it from 2.9 on")
+    one_by_one, worst = partial(_one_by_one, chosen), partial(_worst, _torchs, chosen)
+    return Contender(label, one_by_one, worst, ceiling.full(chosen))
+
+
 def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
     """All hidden matrices of a Llama, four d × d and three of d × d_ff a layer, and the matmuls' speed."""
     d, d_ff, layers = args.width, 4 * args.width, args.layers
@@ -93,15 +106,7 @@ def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
             )
             for label, form in (("fused_optim", "auto"), ("fused_optim, standard form", "standard"))
         ]
-        contenders.append(
-            Contender(
-                "torch.optim.Muon",
-                partial(_one_by_one, chosen),
-                partial(_worst, _torchs, chosen),
-                ceiling.full(chosen),
-            )
-        )
-        found = [admit(label, peer, chosen) for label, peer in ITERATIONS.items()]
+        found = [_torchs_loop(chosen), *(admit(label, peer, chosen) for label, peer in ITERATIONS.items())]
         cases.append(
             Case(
                 f"muon {name}, {layers} layers",

@@ -2,8 +2,9 @@
 
 ``python -m bench static [--out FILE]`` compiles every rule with the main storages for sm_80, sm_90 and
 sm_100 in both arithmetics and reports bytes, registers, spills and instructions per element, and what will
-bound the time: memory, or instructions where they need more issue slots than an H200 has while it copies as
-many bytes. The status is 1 if a kernel spills or moves other bytes than its codecs' model says.
+bound the time: memory, or instructions where they need more issue slots than an A100, H200 or B200 has while
+it copies as many bytes (``kernels/triton/budget.py``). The status is 1 if a kernel spills, or moves other
+bytes than its codecs' model says.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from fused_optim.kernels.masking import masked
 from fused_optim.kernels.rules import CAST_ADAM, RULES
 from fused_optim.kernels.spec import Codec, Rule, Slot, bytes_moved
 from fused_optim.kernels.triton.budget import (
-    LANE_INSTRUCTIONS_PER_BYTE,
     TILES_OF_A_PROGRAM,
     auto_exact,
+    instructions_per_byte,
     launch_shape,
 )
 
@@ -192,6 +193,10 @@ def quick_jobs() -> list[Job]:
     jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1], *RECOMMENDED[:2]), (False,), (90,))
     jobs += step_jobs(("adam",), CODED[1:2], (True,), (90,))
     jobs += step_jobs(("sgd_momentum",), CODED[4:-1], (False,), (90,))
+    # What ptxas spills of sm_100 if it is left alone.
+    jobs += step_jobs(("adam",), CODED[3:4], (True,), (100,))
+    jobs += step_jobs(("adam_amsgrad",), RECOMMENDED[2:], (False,), (100,))
+    jobs += step_jobs(("sgd_momentum",), CODED[4:5], (False,), (100,))
     # The first half of a step that is cut by whole matrices; the second one is sgd's.
     halves = [("blank", "fp32", "fp32"), ("blank", "int8", "bf16")]
     jobs += step_jobs(("adam", "lion"), halves, (True,), (90,))
@@ -309,11 +314,11 @@ def report(job: Job) -> Report:
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
         # Those with .ftz are the codecs' own, which correct an approximation (arithmetic.py).
-        contracted=len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        contracted=sum(2 if pair else 1 for pair in re.findall(r"\bfma\.rn\.f32(x2)?\b", ptx)),
         approximate=len(re.findall(r"\b(?:(?:div|rcp|rsqrt)\.(?:approx|full)\.f32|sqrt\.approx)", ptx)),
         emitted=len(code) / elements,
         executed=executed / elements,
-        budget=LANE_INSTRUCTIONS_PER_BYTE * sum(moved),
+        budget=instructions_per_byte(job.capability) * sum(moved),
         auto=auto,
     )
 

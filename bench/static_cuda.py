@@ -1,7 +1,13 @@
 """What the CUDA C++ kernels take, read from the built library on a machine without a GPU.
 
-``python -m bench static_cuda [--out FILE]`` reports registers, spilled bytes, shared memory and instructions
-of every kernel in ``libfused_optim_cuda.so``, by capability. The status is 1 if a kernel spills.
+``python -m bench static_cuda [--out FILE]`` reports registers, spilled bytes, shared memory, instructions and
+the widths of accesses of every kernel in ``libfused_optim_cuda.so``, by capability; of ``step`` with fp32
+planes also bytes and instructions per element and the share of the issue budget. The status is 1 if a kernel
+spills or ``step`` moves other bytes than its codecs' model says.
+
+One kernel has the code of every codec and learns from the launch which of it to run. Only the path of fp32
+planes can be told from the code: that of the widest accesses without conversions. What an element takes with
+other codecs would need the branches followed with a launch's values, so of them nothing is said.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import math
 import re
 import shutil
 import subprocess
@@ -20,10 +27,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.native import library
+from fused_optim.kernels.rules import RULES
+from fused_optim.kernels.spec import bytes_moved
+from fused_optim.kernels.triton.budget import instructions_per_byte
 
 from .compiled import NOTE
-from .machine_code import instructions, resources
+from .machine_code import Instruction, executed_path, executed_per_tile, instructions, main_loop, resources
 from .record import add_out, begin, save
 from .tables import Table, show
 
@@ -35,6 +46,13 @@ _LISTED = re.compile(
     re.MULTILINE,
 )
 _KERNEL = re.compile(r"\d([a-z][a-z_]*)_kernel(?:INS_\d+(\w+?)EE)?")
+_COMPILER = re.compile(rb"Cuda compilation tools, (release [\w., ]+)")
+
+_ELEMENTS, _ROUNDS = 8, 4
+"""Of a thread in a round, and rounds of a block: ``csrc/registers.cuh``."""
+
+_CONVERSIONS = ("F2F", "HADD2.F32")
+"""From and to bf16 and fp16: F2FP, F2F. To bf16 they are as few as the moves of what stays fp32."""
 
 
 class MissingToolError(Exception):
@@ -50,9 +68,21 @@ class Usage(NamedTuple):
     resources: Mapping[str, int]
 
 
+class PerElement(NamedTuple):
+    """What one element takes where all planes are fp32: bytes and executed instructions."""
+
+    read: float
+    written: float
+    executed: float
+
+
 @dataclass(frozen=True)
 class Report:
-    """One kernel; ``rule`` is None for the sum of squares, ``emitted`` counts slow paths as well."""
+    """One kernel; ``rule`` is None for the sum of squares, ``emitted`` counts slow paths as well.
+
+    ``access``: bytes of every width at which a thread moves elements, for any codec, the narrow ones of tails
+    included. Elements, and nothing else, are moved by streaming accesses.
+    """
 
     kernel: str
     rule: str | None
@@ -62,6 +92,39 @@ class Report:
     spilled: int
     shared: int
     emitted: int
+    access: tuple[int, ...] = ()
+    read: float | None = None
+    written: float | None = None
+    executed: float | None = None
+    budget: float | None = None
+
+    @property
+    def used(self) -> float | None:
+        """Part of the instruction budget, for fp32 planes."""
+        return None if self.executed is None or self.budget is None else self.executed / self.budget
+
+    @property
+    def bound(self) -> str | None:
+        """What sets the time at best."""
+        return None if self.used is None else "memory" if self.used <= 1 else "instructions"
+
+    @property
+    def fault(self) -> str | None:
+        """What no kernel may do, if this one does."""
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.rule is None or self.read is None or self.written is None:
+            return None
+        model = _model(self.rule)
+        if all(map(math.isclose, (self.read, self.written), model)):
+            return None
+        return f"moves {self.read:g} + {self.written:g} bytes, not {model[0]:g} + {model[1]:g}"
+
+
+def _model(rule: str) -> tuple[float, float]:
+    """Bytes that a rule must read and write per element if all planes are fp32."""
+    fp32 = CODECS["fp32"]
+    return bytes_moved(RULES[rule], fp32, fp32, (fp32,) * len(RULES[rule].slots))
 
 
 def cuobjdump() -> str:
@@ -106,6 +169,12 @@ def dump(tool: str, file: Path, *options: str) -> str:
     return done.stdout
 
 
+def compiler(content: bytes) -> str | None:
+    """The release of CUDA that made the machine code of a library; None if it does not say."""
+    found = _COMPILER.search(content)
+    return found[1].decode() if found else None
+
+
 def usages(listing: str) -> Iterator[Usage]:
     """Every kernel in what ``cuobjdump -res-usage`` prints: each unit's PTX, then its machine code."""
     sm, exact = 0, False
@@ -118,10 +187,22 @@ def usages(listing: str) -> Iterator[Usage]:
             yield Usage(found["function"], sm, exact, resources(found["resources"]))
 
 
-def _emitted(sass: str) -> dict[str, int]:
+def _code(sass: str) -> dict[str, list[Instruction]]:
     """Instructions by function in what ``cuobjdump -sass`` prints for one capability."""
     functions = (text.partition("\n") for text in re.split(r"\n\s*Function : ", sass)[1:])
-    return {name.strip(): len(instructions(code)) for name, _, code in functions}
+    return {name.strip(): instructions(code) for name, _, code in functions}
+
+
+def _access(code: Iterable[Instruction]) -> tuple[int, ...]:
+    return tuple(sorted({i.width for i in code if i.width and ".EF" in i.opcode}))
+
+
+def per_element(code: list[Instruction]) -> PerElement:
+    """Counts of ``step`` for whole tiles of fp32 planes."""
+    path = executed_path(code, *main_loop(code), _CONVERSIONS)
+    moved = [sum(i.bytes for i in path if i.opcode.startswith(name)) for name in ("LDG", "STG")]
+    executed = executed_per_tile(code, _ROUNDS, _CONVERSIONS)
+    return PerElement(*(count / _ELEMENTS for count in (*moved, executed)))
 
 
 def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[Report]:
@@ -139,10 +220,14 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
             listed = ", ".join(f"sm_{sm}" for sm in there)
             raise MissingToolError(f"{file} has no code for sm_{sm}, only for {listed}")
         own = [usage for usage in found if usage.sm == sm]
-        emitted = _emitted(dump(tool, file, "-sass", "-arch", f"sm_{sm}"))
+        code = _code(dump(tool, file, "-sass", "-arch", f"sm_{sm}"))
         for function, _, exact, taken in own:
             name = _KERNEL.search(function)
             kernel, rule = name.groups() if name else (function, None)
+            counted = dict[str, float]()
+            if kernel == "step" and rule is not None:
+                counted = per_element(code[function])._asdict()
+                counted["budget"] = instructions_per_byte(sm) * sum(_model(rule))
             result.append(
                 Report(
                     kernel=kernel,
@@ -152,27 +237,30 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
                     registers=taken["REG"],
                     spilled=taken["STACK"] + taken["LOCAL"],
                     shared=taken["SHARED"],
-                    emitted=emitted[function],
+                    emitted=len(code[function]),
+                    access=_access(code[function]),
+                    **counted,
                 )
             )
     return sorted(result, key=lambda r: (r.sm, r.kernel, r.rule or "", r.arithmetic))
 
 
+def _cells(kernel: Mapping[str, Any]) -> list[str]:
+    keys = ("kernel", "rule", "arithmetic", "sm", "registers", "spilled", "shared", "emitted")
+    cells = ["" if kernel[key] is None else str(kernel[key]) for key in keys]
+    # Earlier files have no more.
+    cells.append(",".join(map(str, kernel.get("access", ()))))
+    if kernel.get("executed") is None:
+        return cells + [""] * 4
+    moved, used = kernel["read"] + kernel["written"], kernel["executed"] / kernel["budget"]
+    return [*cells, f"{moved:g}", f"{kernel['executed']:.1f}", f"{used:.0%}", kernel.get("bound", "")]
+
+
 def table(kernels: Sequence[Mapping[str, Any]]) -> Table:
     """One line a kernel."""
-    header = [
-        "kernel",
-        "rule",
-        "arithmetic",
-        "sm",
-        "registers",
-        "spilled bytes",
-        "shared bytes",
-        "instructions",
-    ]
-    keys = ("kernel", "rule", "arithmetic", "sm", "registers", "spilled", "shared", "emitted")
-    lines = [["" if k[key] is None else str(k[key]) for key in keys] for k in kernels]
-    return Table(f"CUDA C++ kernels: {len(kernels)}", header, lines)
+    header = ["kernel", "rule", "arithmetic", "sm", "registers", "spilled bytes", "shared bytes"]
+    header += ["instructions", "access", "fp32: bytes", "executed", "of the budget", "bound"]
+    return Table(f"CUDA C++ kernels: {len(kernels)}", header, [_cells(kernel) for kernel in kernels])
 
 
 def _stale(file: Path) -> list[str]:
@@ -199,20 +287,18 @@ def main(argv: list[str]) -> int:
         found = reports(cuobjdump(), file, options.sm)
     except MissingToolError as missing:
         parser.error(str(missing))
-    kernels = [asdict(report) for report in found]
+    kernels = [asdict(report) | {"used": report.used, "bound": report.bound} for report in found]
     show(table(kernels))
     stale = _stale(file)
     if stale:
         print(f"{file} is older than {', '.join(stale)} of csrc/: build it again with `pip install -e .`")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    content = file.read_bytes()
+    built_from = {"library": hashlib.sha256(content).hexdigest()[:12], "compiler": compiler(content)}
     head = begin("static_cuda", argv, torch.device("cpu"))
-    save({**head, "note": NOTE, "library": digest, "stale": stale, "kernels": kernels}, options.out)
-    spilling = [r for r in found if r.spilled]
-    for r in spilling:
-        print(f"{r.kernel} {r.rule or ''} {r.arithmetic} sm_{r.sm} spills {r.spilled} bytes")
-    if not spilling:
-        print(f"none of {len(found)} kernels spills")
-    return 1 if spilling else 0
+    save({**head, "note": NOTE, **built_from, "stale": stale, "kernels": kernels}, options.out)
+    faults = [f"{r.kernel} {r.rule or ''} {r.arithmetic} sm_{r.sm} {r.fault}" for r in found if r.fault]
+    print("\n".join(faults) or f"none of {len(found)} kernels spills")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

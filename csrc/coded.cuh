@@ -150,6 +150,7 @@ FO_INLINE void move(const Storage& storage, const Slot& slot, const Place& place
 // Where a parameter's random numbers begin.
 struct Stream {
   uint32_t seed, step, ordinal;
+  uint64_t drawn;
 };
 
 // An element of a codec that stores every value for itself, with random bits of its own.
@@ -165,7 +166,7 @@ struct RandomElement : Element<Codec, EIGHT> {
 template <class Codec>
 FO_INLINE void encode_each(const Place& place, const Stream& stream, uint32_t slot, const F* x,
                            Words<EIGHT>& words) {
-  uint64_t eighth = static_cast<uint64_t>(place.first) / EIGHT;
+  uint64_t eighth = stream.drawn + static_cast<uint64_t>(place.first) / EIGHT;
   uint64_t drawn[] = {eighth, eighth >> 32, stream.ordinal, slot};
   if (Codec::random) philox(drawn, stream.seed, stream.step);
 #pragma unroll

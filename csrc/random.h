@@ -45,16 +45,17 @@ FO_INLINE Wide product(Wide a, uint32_t b) {
 // Where a parameter's random numbers begin.
 struct Stream {
   uint32_t seed, step, ordinal, slot;
+  uint64_t drawn;
 
   // Writes 16 bits for each of the elements from `first` on: whole groups of 8 * LANES, as many as `count`
   // needs.
   void fill(int64_t first, int count, uint16_t* bits) const {
     for (int i = 0; i < count; i += 8 * LANES) {
-      uint64_t counter = static_cast<uint64_t>(first + i) >> 3, lanes[LANES];
+      uint64_t counter = drawn + (static_cast<uint64_t>(first + i) >> 3), lanes[LANES];
       for (int lane = 0; lane < LANES; ++lane) lanes[lane] = counter + static_cast<uint64_t>(lane);
       Wide words[4];
       memcpy(&words[0], lanes, sizeof lanes);
-      words[1] = Wide(counter >> 32), words[2] = Wide(ordinal), words[3] = Wide(slot);
+      words[1] = words[0] >> 32, words[2] = Wide(ordinal), words[3] = Wide(slot);
       philox(words, seed, step);
       put(words, bits + i);
     }

@@ -276,7 +276,8 @@ void update(const Step& step, int64_t tensor, int64_t begin, int64_t end) {
   bool plain = true;
   slots.each_written([&](const Slot& slot, int) { plain = plain && !is_staged(slot); });
   if (plain && !step.layouts) return slots.update_all(task, begin, end, PAGE);
-  Stream stream{0, 0, static_cast<uint32_t>(step.table.at(ORDINAL, tensor)), 0};
+  Stream stream{0, 0, static_cast<uint32_t>(step.table.at(ORDINAL, tensor)), 0,
+                static_cast<uint64_t>(step.table.at(DRAWN, tensor))};
   memcpy(&stream.seed, row + SEED, 4), memcpy(&stream.step, row + fo::STEP, 4);
   for (int64_t first = begin; first < end; first += CHUNK) {
     Chunk<Rule> chunk(slots, first, static_cast<int>(end - first < CHUNK ? end - first : CHUNK));

@@ -8,11 +8,12 @@
 namespace fo {
 
 // Raised when a table or a C function changes, so that Python refuses a library of another build.
-constexpr int ABI = 5;
+constexpr int ABI = 6;
 
 // Columns of the tensor table. The addresses of the planes follow HEADER: parameter, states, gradient; a
-// codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters.
-enum Column { NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER };
+// codec's look-up table follows its planes. ORDINAL counts the optimizer's parameters; DRAWN says how many
+// counters of random bits belong to shards before this one.
+enum Column { NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, DRAWN, HEADER };
 
 // Floats of a row, SEED and STEP being bit patterns of integers; the rule's scalars follow.
 enum RowEntry { ACTIVE, G_SCALE, SEED, STEP, SCALARS };

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import states, storage
-from .kernels.layout import memory_order
+from .kernels.aliasing import overlaps_itself
+from .kernels.codecs import STATE_CODECS
 from .kernels.masking import keeps_dense
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_group
@@ -33,14 +34,13 @@ def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any
     places = _places(optimizer)
     state: dict[Any, Any] = {}
     for index, entry in state_dict["state"].items():
-        sharded = index in places and storage.is_dtensor(places[index][2])
-        kept = _without_blocks(optimizer, *places[index]) if sharded else entry
+        kept = _kept(optimizer, *places[index]) if index in places else entry
         state[index] = {key: value.clone() if key == "step" else value for key, value in kept.items()}
     groups = [
         {key: _safe(value) if key in _OBJECTS else value for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
-    own = {"format": FORMAT, "skipped_steps": optimizer.skipped_steps, "memory_order": _orders(optimizer)}
+    own = {"format": FORMAT, "skipped_steps": optimizer.skipped_steps}
     return {**state_dict, "state": state, "param_groups": groups, OWN_KEY: own}
 
 
@@ -63,28 +63,20 @@ def _places(optimizer: FusedOptimizer) -> dict[int, tuple[int, int, Tensor]]:
     return dict(enumerate(optimizer._parameters()))
 
 
-def _orders(optimizer: FusedOptimizer) -> dict[int, list[int]]:
-    """In which order the dimensions of parameters lie in memory, where it is not the usual one.
-
-    Blocks of values that share a scale run through memory.
-    """
-    orders: dict[int, list[int]] = {}
-    for index, (_, _, param) in _places(optimizer).items():
-        order = memory_order(param)
-        if order != list(range(param.ndim)):
-            orders[index] = order
-    return orders
-
-
-def _without_blocks(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -> dict[str, Any]:
-    """A parameter's state whose codes of 8 and 4 bits are decoded."""
+def _kept(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -> dict[str, Any]:
+    """A parameter's state as its options are; of a DTensor, codes of 8 and 4 bits are decoded."""
     entry, key = dict(optimizer.state[param]), optimizer._key(group, position, param)
+    for orphan in states.orphans(entry, key.rule, states.Stored(key.param, key.states)):
+        del entry[orphan]
+    if not storage.is_dtensor(param):
+        return entry
     for slot, codec in zip(key.rule.slots, key.states, strict=True):
         if (codec.block > 1 or codec.name == "mask") and slot.name in entry:
             value = states.decode(param, entry, slot.name, codec)
             for plane in codec.planes:
                 del entry[slot.name + plane.suffix]
             entry[slot.name] = value
+    entry.pop(storage.ORDER, None)
     return entry
 
 
@@ -110,10 +102,11 @@ def _portable(
     """A parameter's state in values, other entries as they are."""
     entry, key = optimizer.state[param], optimizer._key(group, position, param)
     planes = storage.planes_of(key.param, key.rule, key.states)
+    left_out = {storage.ORDER, *states.orphans(entry, key.rule, states.Stored(key.param, key.states))}
     values = {
         name: value.clone() if name == "step" else value
         for name, value in entry.items()
-        if name not in unknown and name not in planes
+        if name not in unknown and name not in planes and name not in left_out
     }
     for slot, codec in zip(key.rule.slots, key.states, strict=True):
         if slot.codec is None and entry.get(slot.name) is not None:
@@ -147,9 +140,10 @@ def unpack(
                 f"group: group {index} has {len(saved['params'])} parameters there and "
                 f"{len(live['params'])} here"
             )
-        kept = {name: live[name] for name in ENGINE_OPTIONS}
+        # Names are this process's as well: wrappers of modules put prefixes before them.
+        kept = {name: live[name] for name in (*ENGINE_OPTIONS, "params", "param_names") if name in live}
         # torch.optim does not know all options: what a file does not say stays as it is here.
-        merged = {**optimizer.defaults, **live, **saved, **kept, "params": live["params"]}
+        merged = {**optimizer.defaults, **live, **saved, **kept}
         check_group(merged)
         groups.append(merged)
     ids = chain.from_iterable(group["params"] for group in saved_groups)
@@ -164,12 +158,8 @@ def unpack(
         param = live_groups[group]["params"][position]
         entry = _without_blanks(entry)
         saved_group = saved_groups[group] if own is not None or _is_ours(saved_groups[group]) else None
-        order = _order_without_ours(entry, param)
-        if own is not None:
-            order = own.get("memory_order", {}).get(key, list(range(param.ndim)))
-        moved = order if order != memory_order(param) else None
         values = own is None and not _has_planes(entry)
-        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, moved, values)
+        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, values)
     skipped = own["skipped_steps"] if own is not None else 0
     return groups, state, torch.tensor(skipped, device="cpu") if skipped else None
 
@@ -191,6 +181,12 @@ def _check(state_dict: Mapping[str, Any]) -> None:
     for index, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise ValueError(f"group {index} of the state dict has no list of 'params': it is damaged")
+        names = group.get("param_names")
+        if names is not None and (not isinstance(names, list | tuple) or len(names) != len(group["params"])):
+            raise ValueError(
+                f"group {index} of the state dict has {len(group['params'])} parameters and as 'param_names' "
+                f"{names!r}: it is damaged"
+            )
     ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
     twice = [key for key in dict.fromkeys(ids) if ids.count(key) > 1] if len(set(ids)) < len(ids) else []
     if twice:
@@ -204,9 +200,11 @@ def _check(state_dict: Mapping[str, Any]) -> None:
     own = state_dict.get(OWN_KEY)
     if own is None:
         return
-    if not isinstance(own, Mapping) or not isinstance(own.get("format"), int):
+    counts = [own.get(name) for name in ("format", "skipped_steps")] if isinstance(own, Mapping) else [None]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
         raise ValueError(
-            f"the state dict's own entry {OWN_KEY!r} is {own!r}, without a format: it is damaged"
+            f"the state dict's own entry {OWN_KEY!r} is {own!r}, a format and a number of skipped steps are "
+            "expected: it is damaged"
         )
     if own["format"] > FORMAT:
         raise ValueError(
@@ -235,11 +233,20 @@ def _are_codes(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.int8)
 
 
-def _order_without_ours(entry: Mapping[str, Any], param: Tensor) -> list[int]:
-    """In which order a parameter's dimensions lay in memory, as its codes lie; as now, if none tells."""
-    codes = filter(_are_codes, entry.values())
-    like = next((value for value in codes if value.shape == param.shape), param)
-    return memory_order(like)
+def _check_codecs(saved: Mapping[str, Any]) -> None:
+    """Refuses what no group of this library says of storage.
+
+    Raises:
+        ValueError: an unknown codec.
+    """
+    given = saved.get("state_codec", "auto")
+    names = [*(given.values() if isinstance(given, Mapping) else [given]), saved.get("param_codec", "auto")]
+    for name in names:
+        if name not in ("auto", *STATE_CODECS):
+            raise ValueError(
+                f"the state dict keeps states or weights as {name!r}, which this fused_optim does not know: "
+                "it is damaged, or of a later version"
+            )
 
 
 _STORAGE = {False: "state_codec", True: "state_codec and param_codec"}
@@ -257,7 +264,6 @@ def _load(
     group: dict[str, Any],
     entry: dict[str, Any],
     saved: dict[str, Any] | None,
-    dims: list[int] | None,
     values: bool,
 ) -> dict[str, Any]:
     """One parameter's state, in the optimizer's codecs.
@@ -273,8 +279,13 @@ def _load(
     now = states.Stored(*storage.codecs(name, own_name, param, group, rule))
     if not any(value is not None for value in entry.values()):
         return {}
+    if overlaps_itself(storage.local_view(param)):
+        raise ValueError(
+            f"{name} has elements that share memory; make it a parameter of its own with .clone()"
+        )
     if saved is None or values:
         return states.load(name, entry, param, rule, now, None, ours=saved is not None)
+    _check_codecs(saved)
     # What keep_fp32 says now: what it said then is seen in the planes.
     given = {"state_codec": "auto", "param_codec": "auto", **saved, "keep_fp32": group["keep_fp32"]}
     saved_param, saved_states = storage.codecs(name, own_name, param, given, rule)
@@ -286,4 +297,4 @@ def _load(
         )
     unexempted = storage.codecs(name, own_name, param, {**given, "keep_fp32": ()}, rule)[1]
     before = states.Stored(saved_param, unexempted)
-    return states.load(name, entry, param, rule, now, before, dims, ours=True)
+    return states.load(name, entry, param, rule, now, before, ours=True)

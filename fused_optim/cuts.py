@@ -21,6 +21,8 @@ ApplyTo: TypeAlias = "str | Sequence[str] | Callable[[str, Tensor], bool]"
 
 WORKSPACE_BYTES = 256 << 20
 
+KINDS = ("matrices", "all")
+
 NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
 """Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""
 
@@ -34,6 +36,29 @@ def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
     return any(
         kinds.get(pattern, False) or (param.ndim >= 1 and fnmatchcase(name, pattern)) for pattern in patterns
     )
+
+
+def check_named(option: str, patterns: Sequence[str], name: str, own_name: str) -> None:
+    """Refuses name patterns of an option for a parameter that came without a name: they would do nothing.
+
+    Raises:
+        ValueError: there are patterns and no name.
+    """
+    if patterns and not own_name:
+        raise ValueError(
+            f"{option} has the name patterns {list(patterns)}, but {name} came without a name; "
+            "give the optimizer model.named_parameters()"
+        )
+
+
+def check_names_of(apply_to: ApplyTo, name: str, own_name: str) -> None:
+    """Refuses an option ``apply_to`` that asks for the name of a parameter without one.
+
+    Raises:
+        ValueError: there are name patterns and no name.
+    """
+    given = [] if callable(apply_to) else [apply_to] if isinstance(apply_to, str) else apply_to
+    check_named("apply_to", [each for each in given if each not in KINDS], name, own_name)
 
 
 def is_hidden_matrix(name: str, param: Tensor) -> bool:
@@ -66,10 +91,9 @@ class WholeMatrices:
     rows: tuple[int, ...] = ()
     workspace_bytes: int = WORKSPACE_BYTES
 
-    @property
-    def bytes_per_element(self) -> int:
+    def bytes_per_element(self, param: Tensor) -> float:
         """The update itself, copies in the iterations, and the parameter where it is read."""
-        return 24 if self.reads_params() else 16
+        return 32 if self.reads_params() else 20
 
     @property
     def shared(self) -> tuple[tuple[str, Per], ...]:
@@ -92,22 +116,20 @@ class WholeMatrices:
         """``[parameters, *shape]`` as views ``[parameters, ..., m, n]`` of the matrices in it."""
         if batch.ndim == 2:
             return [batch.unsqueeze(1)]
-        if batch.ndim == 4:
-            return [batch]
         if batch.ndim > 4:
             order = [dim for dim in memory_order(batch) if dim > 1]
             matrix = batch.permute(0, 1, *order).flatten(2)
             assert matrix.data_ptr() == batch.data_ptr()
             return [matrix]
-        return batch.split(list(self.rows), dim=1) if self.rows else [batch]
+        return batch.split(list(self.rows), dim=-2) if self.rows else [batch]
 
 
 def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
     """Refuses parameters that hold no matrices.
 
     Raises:
-        ValueError: complex or float64 parameters, shards of shards, convolutions whose outputs are not
-            outermost in memory, rows that do not add up.
+        ValueError: scalars, complex or float64 parameters, shards of shards, convolutions whose outputs are
+            not outermost in memory, rows that do not add up.
     """
     if is_dtensor(param):
         placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,6 +138,11 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
                 f"{name} is a DTensor with placements {list(placements)}; matrices are put together "
                 "from Shard and Replicate: leave it out of the spectral option, or shard it in one way only"
             )
+    if param.ndim == 0:
+        raise ValueError(
+            f"{name} is a scalar, shape (); matrices and vectors have singular values: leave it out of the "
+            "spectral option (apply_to='matrices' does)"
+        )
     if param.is_complex() or param.dtype.itemsize == 8:
         raise ValueError(
             f"{name} has dtype {param.dtype}; whole matrices are computed in float32 and below: convert it, "
@@ -126,24 +153,25 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
             f"{name} has strides {param.stride()}: for a matrix [first dimension, all others] the first must "
             "be outermost in memory; use .contiguous() or channels_last"
         )
-    if rows and (param.ndim != 2 or sum(rows) != param.shape[0]):
+    if rows and (param.ndim not in (2, 3) or sum(rows) != param.shape[-2]):
         raise ValueError(
             f"split={list(rows)} does not fit {name} of shape {tuple(param.shape)}; "
-            "the parts must add up to the rows of a matrix"
+            "the parts must add up to the rows of a matrix, or of every matrix of a stack"
         )
 
 
 def rows_of_parts(name: str, own_name: str, param: Tensor, split: Split) -> tuple[int, ...]:
     """The rows of each matrix in a parameter, by the first pattern that its name matches."""
+    check_named("split", list(split), name, own_name)
     for pattern, parts in split.items():
         if fnmatchcase(own_name, pattern):
             if isinstance(parts, int):
-                if param.ndim != 2 or param.shape[0] % parts:
+                if param.ndim not in (2, 3) or param.shape[-2] % parts:
                     raise ValueError(
                         f"split={{{pattern!r}: {parts}}} does not fit {name} of shape {tuple(param.shape)}; "
                         "give the rows of each part"
                     )
-                return (param.shape[0] // parts,) * parts
+                return (param.shape[-2] // parts,) * parts
             return tuple(parts)
     return ()
 

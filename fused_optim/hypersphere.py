@@ -16,6 +16,7 @@ from .cuts import (
     applies,
     check_apply_to,
     check_matrices,
+    check_names_of,
     check_shared,
 )
 from .kernels.spec import Hyper, Per
@@ -139,6 +140,7 @@ class Hypersphere:
 
     def cut(self, name: str, own_name: str, param: Tensor) -> _OnSphere | None:
         """What becomes of a parameter's matrices; None for parameters that are left alone."""
+        check_names_of(self.apply_to, name, own_name)
         if not applies(self.apply_to, own_name, param):
             return None
         check_matrices(name, param, ())

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .kernels import dispatch
-from .kernels.codecs import CODECS
+from .kernels.codecs import CODECS, PARAM_CODECS, STATE_CODECS
 from .kernels.native import cpu, library
 from .kernels.rules import RULES
 
@@ -111,31 +111,43 @@ def info() -> str:
 
 
 def catalogue() -> str:
-    """The text of `python -m fused_optim list`: every rule and codec with its bytes per parameter.
+    """The text of `python -m fused_optim list`: every rule and codec, its bytes, and what goes together.
 
     Example:
         >>> from fused_optim.info import catalogue
         >>> print(catalogue().splitlines()[0])
         Codecs: bytes per value, largest relative error of encoding, tensors in memory,
     """
-    header = ("codec", "bytes", "error", "planes", *RULES)
+    header = ("codec", "bytes", "error", "planes", "for", *RULES)
     rows: list[tuple[str, ...]] = []
     for codec in (codec for codec in CODECS.values() if not codec.write_only):
         error = f"{codec.relative_error:.1g}" if codec.relative_error else "0"
         planes = ", ".join(plane.dtype for plane in codec.planes)
+        known = (("param", PARAM_CODECS), ("state", STATE_CODECS))
+        use = ", ".join(kind for kind, names in known if codec.name in names) or "-"
         states = [f"{len(rule.slots) * codec.bytes_per_value:.4g}" for rule in RULES.values()]
-        rows.append((codec.name, f"{codec.bytes_per_value:.4g}", error, planes, *states))
+        if codec.name not in STATE_CODECS:
+            states = ["-"] * len(RULES)
+        rows.append((codec.name, f"{codec.bytes_per_value:.4g}", error, planes, use, *states))
     return "\n".join(
         [
             "Codecs: bytes per value, largest relative error of encoding, tensors in memory,",
-            "and bytes per parameter of each rule's states if all of them are stored like this",
+            "whether param_codec and state_codec may name them, and bytes per parameter of each",
+            "rule's states if all of them are stored like this",
             *(f"  {line}" for line in _columns([header, *rows])),
-            "Rules and their states",
+            "Rules and their states, and classes that plan knows beside them",
             *(f"  {line}" for line in _columns(_states_of_rules())),
-            "Any rule works with any codec for the parameters and for each of its states.",
+            "Any rule works with every codec for param whose first plane has the parameter's dtype,",
+            "and with every codec for state, for each of its states its own; float64 and complex",
+            "parameters and their states stay in their own precision.",
+            "No option names *_unsigned, which take the place of their namesakes for states that",
+            "are never negative, and mask, which is for the masks of sparsity=.",
         ]
     )
 
 
 def _states_of_rules() -> list[tuple[str, str]]:
-    return [(rule.name, ", ".join(slot.name for slot in rule.slots) or "none") for rule in RULES.values()]
+    # Only this command needs the planner.
+    from .training.plan_rules import CLASSES, states_of
+
+    return [(name, states_of(name)) for name in (*RULES, *CLASSES)]

@@ -17,7 +17,7 @@ from .kernels.layout import layout_of
 from .kernels.masking import masked
 from .kernels.spec import Rule
 from .recipe import Sparsity, group_in_kernels
-from .states import decode, encode_local
+from .states import Stored, decode, encode_local, orphans
 from .storage import complete_state, empty_plane, local_view, param_codec, plain_codec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def find(
 
 
 def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_device: bool = False) -> None:
-    """Adds to a parameter's state what it lacks: a mask and a copy of the weights among it.
+    """Adds to a parameter's state what it lacks, such as a mask, and drops what it no longer needs.
 
     A mask that keeps other numbers of weights than its recipe, or other groups, is found anew.
 
@@ -61,6 +61,7 @@ def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_
     state, name = optimizer.state[param], optimizer._name(group, position)
     complete_state(state, param, key.rule, key.param, key.states)
     if key.rule.inner is None:
+        _drop_orphans(state, key)
         return
     if on_device and recipe.changes_groups and param.device.type != "cpu":
         raise ValueError(
@@ -71,6 +72,7 @@ def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_
     if "dense" in codecs and state.get("dense") is None:
         weights = _take_weights(name, param, options, state)
         state |= encode_local(param, weights, "dense", codecs["dense"])
+    _drop_orphans(state, key)
     known = state.get("mask") is not None
     if known and _fitting.get(state["mask"]) == recipe:
         return
@@ -83,6 +85,12 @@ def complete(optimizer: FusedOptimizer, group: int, position: int, key: Key, on_
     if not known or not _fits(weights.mask(), finder, recipe.kept(t)):
         weights.find(finder, recipe.kept(t))
     _fitting[state["mask"]] = recipe
+
+
+def _drop_orphans(state: dict[str, Any], key: Key) -> None:
+    """Dense weights that stayed behind, for one, would later undo what was learnt since."""
+    for orphan in orphans(state, key.rule, Stored(key.param, key.states)):
+        del state[orphan]
 
 
 def _take_weights(name: str, param: Tensor, options: Mapping[str, Any], state: dict[str, Any]) -> Tensor:

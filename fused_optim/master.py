@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,14 @@ from .optimizer import FusedOptimizer
 from .storage import complete_state, plain_codec
 
 
-def _find(optimizer: FusedOptimizer, param: Tensor) -> tuple[int, Key]:
+def _find(optimizer: Any, param: Tensor) -> tuple[int, Key]:
     """The group of one of an optimizer's parameters, its rule and its codecs."""
+    if not isinstance(optimizer, FusedOptimizer):
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise TypeError(
+            f"the optimizer is a {kind}, not one of fused_optim: give the one that it wraps, if it does "
+            "(optimizer.optimizer); others keep no bits beside param and optimizer.state[param]"
+        )
     place = next(((g, i) for g, i, p in optimizer._parameters() if p is param), None)
     if place is None:
         raise ValueError("the tensor is not a parameter of this optimizer; pass the parameter itself")
@@ -45,6 +53,7 @@ def full_precision(optimizer: FusedOptimizer, param: Tensor, name: str = "param"
 
     Raises:
         ValueError: a tensor or a name that the optimizer does not know, or a state before the first step.
+        TypeError: an optimizer of another library.
 
     Example:
         >>> import torch, fused_optim
@@ -79,6 +88,7 @@ def set_full_precision(optimizer: FusedOptimizer, param: Tensor, values: Tensor)
 
     Raises:
         ValueError: a tensor that the optimizer does not know, or values of another shape.
+        TypeError: an optimizer of another library.
 
     Example:
         >>> import torch, fused_optim

@@ -3,7 +3,7 @@
 Every function takes ``[..., m, n]`` in float32, bfloat16, float16 or float64 and treats each matrix on its
 own: one that holds a NaN or an infinity becomes NaN, a zero matrix stays zero, and the others are, but for
 rounding, as if they had been given alone. The same call gives the same bits again on one machine. Nothing
-waits for a GPU.
+waits for a GPU. Not differentiable: results never require gradients, also where X does.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _FORMS = ("auto", "standard", "gram")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+@torch.no_grad()
 def orthogonalize(
     X: Tensor,
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
@@ -113,6 +114,7 @@ def orthogonalize(
     return restore(results, X, tall)
 
 
+@torch.no_grad()
 def soft_clip(
     X: Tensor, c: float | Tensor, *, tolerance: float | None = None, max_ratio: float = 1e4
 ) -> Tensor:
@@ -122,7 +124,8 @@ def soft_clip(
 
         H = (I + X Xᵀ/c²)^(-1/2) X
 
-    On a CPU the work follows from each matrix's own ``ratio``, its spectral norm over c. Large ratios are
+    On a CPU the work follows from each matrix's own ``ratio``, its spectral norm over c, or rather a bound on
+    it that holds for every matrix. Large ratios are
     brought down by rational steps of one inverse each, Zolotarev's best for the interval: one leaves 2.8 of
     300, two 1.1 of 10 000; the first is in float64 where squares of the ratio ask for it. The rest is a sum
     of inverses from 384 rows on, or a polynomial, of as few terms as the tolerance allows. Up to 24 rows it
@@ -169,6 +172,7 @@ def soft_clip(
     return clip.soft_clip(X, c, tolerance, max_ratio)
 
 
+@torch.no_grad()
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     """Bounds every singular value: ``σ`` becomes ``min(σ, c)``; smaller ones are kept as they are.
 
@@ -204,6 +208,7 @@ def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     return clip.hard_clip(X, c) if X.numel() else X.clone()
 
 
+@torch.no_grad()
 def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
     """The inverse square root of symmetric positive semidefinite matrices, ``(A + ridge ‖A‖ I)^(-1/2)``.
 
@@ -240,12 +245,14 @@ def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
     return clip.inverse_sqrt(A, ridge) if A.numel() else A.clone()
 
 
+@torch.no_grad()
 def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
     """The largest singular value of every matrix, estimated from below or bounded from above.
 
     By default the largest singular value of the bidiagonal matrix after ``steps`` Golub–Kahan–Lanczos steps
     from a fixed start, each of which reads X twice: never above the norm but for rounding, and for random
-    matrices within 1 % of it (exact if ``steps`` reaches the smaller dimension). With ``upper=True`` a bound
+    matrices within 1 % of it (exact if ``steps`` reaches the smaller dimension). It is too low where the
+    start has next to no share in the largest singular vector. With ``upper=True`` a bound for every matrix,
     from three products::
 
         ‖X‖ ≤ (tr (X Xᵀ)^8)^(1/16)

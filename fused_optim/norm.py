@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels.bucket import Bucket
-from .storage import sum_of_ranks
+from .shards import sum_of_ranks
 
 
 def square_sum(buckets: Sequence[Bucket]) -> Tensor | None:

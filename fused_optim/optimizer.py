@@ -5,32 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import wraps
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, masking, norm, storage
+from . import checkpoint, checks, masking, norm, shards, storage
+from .hooks import hooked
 from .kernels import dispatch
-from .kernels.aliasing import Occupied, find_shared, overlaps_itself
+from .kernels.aliasing import Occupied
 from .kernels.bucket import Bucket, Member
 from .kernels.control import Control, control
 from .kernels.finders import Finder
 from .kernels.guards import NativeDictGuards, PythonDictGuards, same_objects
 from .kernels.launch import Key
+from .kernels.layout import MAX_DIMS, layout_of
 from .kernels.matrix import MatrixCut, couples_l2
 from .kernels.plan import build
 from .kernels.spec import Rule
-from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_group
+from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, Options, check_changed, check_group
 from .precision import marks_of
 
 Loss = TypeVar("Loss")
@@ -47,22 +43,6 @@ class _Plan(NamedTuple):
     state: dict[Tensor, Any]
     unchanged: PythonDictGuards
     occupied: Occupied
-
-
-def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` with torch's hooks and profiler range, which cost 50 us, only where somebody listens."""
-    heard = Optimizer.profile_hook_step(step)
-
-    @wraps(step)
-    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        global_hooks = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        profiling = torch.autograd.profiler._is_profiler_enabled or torch.autograd._profiler_enabled()
-        return (heard if hooks or global_hooks or profiling else step)(self, *args, **kwargs)
-
-    # With this mark torch leaves the function alone instead of wrapping it in profile_hook_step.
-    wrapper.hooked = True  # pyright: ignore[reportAttributeAccessIssue]
-    return wrapper
 
 
 class FusedOptimizer(Optimizer, ABC):
@@ -92,7 +72,7 @@ class FusedOptimizer(Optimizer, ABC):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
         unknown = sorted(set(options) - set(OPTION_DEFAULTS))
         if unknown:
-            known = [*defaults, *OPTION_DEFAULTS]
+            known = [*checks.arguments_of(type(self), FusedOptimizer), *OPTION_DEFAULTS]
             raise TypeError(f"{type(self).__name__} does not know the options {unknown}; it has {known}")
         self._plan: _Plan | None = None
         self._skipped: Tensor | None = None
@@ -112,12 +92,14 @@ class FusedOptimizer(Optimizer, ABC):
             TypeError: a value or a tensor of a type that no rule updates.
         """
         index = len(self.param_groups)
+        checks.list_params(param_group)
         storage.check_leaves(index, param_group)
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[index])
             for position, param in enumerate(self.param_groups[index]["params"]):
                 storage.check_parameter(self._name(index, position), param)
+                checks.check_whole(self._name(index, position), param)
                 self._key(index, position, param)
         except Exception:
             self.param_groups.pop()
@@ -131,7 +113,7 @@ class FusedOptimizer(Optimizer, ABC):
     def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @torch._disable_dynamo
-    @_hooked
+    @hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient, or none.
 
@@ -151,9 +133,14 @@ class FusedOptimizer(Optimizer, ABC):
                 loss = closure()
         # What torch.no_grad() makes and calls, without its detours: they cost 20 us after a backward.
         with torch.set_grad_enabled(False):
-            buckets = self._collect()
+            buckets: list[Bucket] = []
             try:
+                buckets = self._collect()
                 self._update(buckets)
+            except Exception:
+                # Somebody may have set an option to what the constructor would have refused.
+                check_changed(self.param_groups)
+                raise
             finally:
                 for bucket in buckets:
                     bucket.release()
@@ -187,8 +174,11 @@ class FusedOptimizer(Optimizer, ABC):
         Raises:
             ValueError: it belongs to another model, another optimizer or other codecs. Nothing has
                 changed then.
+            TypeError: it is no dict.
         """
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a state dict is a dict, got {type(state_dict).__name__}: {state_dict!r}")
+        state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -283,8 +273,8 @@ class FusedOptimizer(Optimizer, ABC):
             )
         self._plan = None
         plan = self._make_plan(on_device)
-        for bucket in plan.buckets:
-            assert bucket.collect()
+        collected = [bucket.collect() for bucket in plan.buckets]
+        assert all(collected)
         self._plan = plan
         return self._without_aliases(plan)
 
@@ -323,27 +313,20 @@ class FusedOptimizer(Optimizer, ABC):
                 yield group_index, position, param
 
     def _make_plan(self, on_device: bool) -> _Plan:
+        check_changed(self.param_groups)
         active = [(g, i, p) for g, i, p in self._parameters() if p.grad is not None]
         keys = [self._checked_key(*item) for item in active]
         locals_ = [storage.local_view(p) for _, _, p in active]
-        for (group, position, _), local in zip(active, locals_, strict=True):
-            if overlaps_itself(local):
-                raise ValueError(
-                    f"{self._name(group, position)} has elements that share memory (strides {local.stride()} "
-                    f"for shape {tuple(local.shape)}); make it a parameter of its own with .clone()"
-                )
-        shared = find_shared(locals_)
-        if shared is not None:
-            names = [self._name(*active[index][:2]) for index in shared]
-            raise ValueError(
-                f"{names[0]} and {names[1]} share memory and cannot both be updated; pass the tensor once"
-            )
+        checks.check_apart([self._name(group, position) for group, position, _ in active], locals_)
         for (group, position, _), key in zip(active, keys, strict=True):
             masking.complete(self, group, position, key, on_device)
         everything = [p for _, _, p in self._parameters()]
         ordinals = {id(param): index for index, param in enumerate(everything)}
         members = [
-            Member(key, group, param, self.state[param], storage.local_view, ordinals[id(param)])
+            Member(
+                *(key, group, param, self.state[param], storage.local_view, ordinals[id(param)]),
+                drawn=shards.drawn_before(param),
+            )
             for (group, _, param), key in zip(active, keys, strict=True)
         ]
         groups = [list(group["params"]) for group in self.param_groups]
@@ -358,11 +341,16 @@ class FusedOptimizer(Optimizer, ABC):
         name, grad = self._name(group, position), param.grad
         assert grad is not None
         storage.check_parameter(name, param)
+        checks.check_memory(name, param)
         grad_codec = storage.check_gradient(name, param, grad)
         key = self._key(group, position, param)
         storage.check_state(name, self.state.get(param, {}), param, key.rule, key.param, key.states)
+        if param.ndim >= MAX_DIMS:
+            layout = layout_of(storage.local_view(param), storage.local_view(grad))
+            backend = self.param_groups[group]["backend"]
+            key = key._replace(driver=dispatch.that_walks(layout, name, key.driver, backend))
         shared = key.cut is not None or self._needs_norm()
-        return key._replace(grad=grad_codec, spread=storage.spread(param) if shared else None)
+        return key._replace(grad=grad_codec, spread=shards.spread(param) if shared else None)
 
     def _update(self, buckets: list[Bucket]) -> None:
         """Prepares all rows, then launches: an error in a row leaves every tensor as it was."""
@@ -375,10 +363,10 @@ class FusedOptimizer(Optimizer, ABC):
         for bucket in buckets:
             if bucket.device not in controls:
                 controls[bucket.device] = control(bucket.device, scale, found_inf, total, clips, skipping)
-        self._count_skipped(controls)
         updated = [bucket for bucket in buckets if controls[bucket.device].active is not False]
         for bucket in updated:
             bucket.prepare(self.param_groups, controls[bucket.device])
+        self._count_skipped(controls)
         for bucket in updated:
             bucket.commit()
         for bucket in updated:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -25,7 +26,8 @@ class Options(TypedDict, total=False):
 
     Attributes:
         state_codec: storage of the states: ``"auto"`` (fp32; fp64 for float64 parameters), a codec's
-            name, or a mapping from state names to codecs, such as ``{"exp_avg": "int8"}``.
+            name, or a mapping from state names to codecs, such as ``{"exp_avg": "int8"}``. ``"fp16"`` has
+            too small a range for second moments, which are 0 in it for gradients below 2e-4.
         param_codec: storage of the parameters: ``"auto"`` (as the tensor's dtype says), or a codec whose
             first plane is the tensor itself, such as ``"bf16_split8"`` for bfloat16 parameters.
         keep_fp32: whose states stay in fp32 although ``state_codec`` has 8 or 4 bits: parameters with
@@ -79,10 +81,11 @@ ENGINE_OPTIONS = (
 )
 """Options that say how this process stores and computes, which a checkpoint does not override."""
 
+_NOT_NEGATIVE = ("lr", "eps", "weight_decay", "momentum", "l1")
 
-def _number(name: str, value: Any, low: float = -sys.float_info.max) -> None:
-    """A finite float, int or one-element tensor from ``low`` on."""
-    _one_number(name, value)
+
+def _in_range(name: str, value: Any, low: float = -sys.float_info.max) -> None:
+    """A finite number from ``low`` on."""
     if not low <= value < float("inf"):
         label = {"lr": "learning rate", "eps": "epsilon value"}.get(name, f"{name} value")
         allowed = f"finite and at least {low:g}" if low == 0 else "finite"
@@ -95,6 +98,8 @@ def _one_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number or a one-element tensor, got {value!r}")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"{name} must be a real number, got a tensor of dtype {value.dtype}")
 
 
 def _betas(group: Mapping[str, Any]) -> None:
@@ -103,8 +108,6 @@ def _betas(group: Mapping[str, Any]) -> None:
         raise TypeError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
     for index, beta in enumerate(betas):
         _one_number(f"betas[{index}]", beta)
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError("betas must be either both floats or both Tensors")
 
@@ -144,9 +147,10 @@ def _options(group: Mapping[str, Any]) -> None:
         if group[name] not in allowed:
             raise ValueError(f"{name}={group[name]!r} is unknown; allowed: {', '.join(allowed)}")
     if group["clip_grad_norm"] is not None:
-        _number("clip_grad_norm", group["clip_grad_norm"], 0.0)
+        _one_number("clip_grad_norm", group["clip_grad_norm"])
         if isinstance(group["clip_grad_norm"], Tensor):
             raise TypeError("clip_grad_norm must be a float or None, not a tensor")
+        _in_range("clip_grad_norm", group["clip_grad_norm"], 0.0)
     if not isinstance(group["skip_nonfinite"], bool):
         raise TypeError(f"skip_nonfinite must be True or False, got {group['skip_nonfinite']!r}")
     for name, known in (("state_codec", STATE_CODECS), ("param_codec", PARAM_CODECS)):
@@ -180,6 +184,19 @@ def _options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"seed={seed} is out of range; allowed: 0 to 2**32 - 1")
 
 
+def _kinds(group: Mapping[str, Any]) -> None:
+    """Names and types; of numbers that schedules set, not their range."""
+    for name in (*_NOT_NEGATIVE, "dampening"):
+        if name in group:
+            _one_number(name, group[name])
+    if "betas" in group:
+        _betas(group)
+    if "ns_steps" in group:
+        check_newton_schulz(group)
+    _torch_flags(group)
+    _options(group)
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Checks the options of one parameter group.
 
@@ -187,18 +204,27 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: a value out of range or an unknown name.
         TypeError: a value of the wrong type.
     """
-    _number("lr", group["lr"], 0.0)
-    for name in ("eps", "weight_decay", "momentum", "l1"):
+    _kinds(group)
+    for name in _NOT_NEGATIVE:
         if name in group:
-            _number(name, group[name], 0.0)
-    if "betas" in group:
-        _betas(group)
+            _in_range(name, group[name], 0.0)
     if "dampening" in group:
-        _number("dampening", group["dampening"])
-    heavy_ball = "dampening" in group
-    if heavy_ball and group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        _in_range("dampening", group["dampening"])
+    for index, beta in enumerate(group.get("betas", ())):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
+    if "dampening" in group and group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if "ns_steps" in group:
-        check_newton_schulz(group)
-    _torch_flags(group)
-    _options(group)
+
+
+def check_changed(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Checks options that may have been set after construction, in ``param_groups``.
+
+    Numbers that schedules set may leave their range, as in torch: no tensor is read for it.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a value of the wrong type.
+    """
+    for group in groups:
+        _kinds(group)

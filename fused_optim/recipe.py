@@ -14,7 +14,8 @@ from .cuts import ApplyTo, applies, check_apply_to, is_hidden_matrix
 from .kernels.finders import Blocks, Finder, Groups
 from .kernels.layout import walked
 from .kernels.masking import GROUPS
-from .storage import is_dtensor, local_view, widths
+from .shards import widths
+from .storage import is_dtensor, local_view
 
 LARGEST_GROUP = 32
 

@@ -18,6 +18,7 @@ from .cuts import (
     applies,
     check_apply_to,
     check_matrices,
+    check_names_of,
     check_shared,
     rows_of_parts,
 )
@@ -36,7 +37,11 @@ _DECAYS: Mapping[str, Callable[[Any], Any]] = {
     "sqrt": lambda x: 1 - x**0.5,
     "cosine": lambda x: (1 + cos(math.pi * x)) / 2,
     "square": lambda x: 1 - x**2,
+    # Of a factor that ends at zero; others are powers of it.
+    "exp": lambda x: 1 - x,
 }
+# What stands for a threshold of zero: updates vanish.
+_LEAST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,19 @@ class ClipSchedule:
         constant: f = 1      linear: f = 1 - x      sqrt: f = 1 - sqrt(x)
         cosine: f = (1 + cos(pi x)) / 2             square: f = 1 - x**2
 
+    and for ``exp`` it is ``F**x``, or that of ``linear`` where F is 0.
+
     Args:
         warmup_steps: steps of the learning rate's warmup.
         peak_lr: the learning rate after it; needed with ``warmup_steps``.
         total_steps: of the training; needed unless ``decay`` is constant.
         decay: one of the shapes above.
         decay_fraction: the part of ``total_steps`` that decays, in (0, 1].
-        final_scale: what is left of the threshold at the end, in (0, 1].
+        final_scale: what is left of the threshold at the end, in [0, 1]; with 0 the last updates vanish.
 
     Raises:
         ValueError: a value out of range, or one that is needed and missing.
+        TypeError: a value of the wrong type, such as a fraction of a step.
 
     Example:
         >>> schedule = ClipSchedule(total_steps=100, decay="linear", decay_fraction=0.5, final_scale=0.2)
@@ -78,6 +86,7 @@ class ClipSchedule:
     final_scale: float = 0.1
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.decay not in _DECAYS:
             raise ValueError(f"decay={self.decay!r} is unknown; allowed: {', '.join(_DECAYS)}")
         if self.warmup_steps < 0:
@@ -86,9 +95,23 @@ class ClipSchedule:
             raise ValueError(f"warmup_steps needs peak_lr, the learning rate after it; got {self.peak_lr}")
         if self.decay != "constant" and not (self.total_steps and self.total_steps > 0):
             raise ValueError(f"decay={self.decay!r} needs total_steps; got {self.total_steps}")
-        for name in ("decay_fraction", "final_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in (0, 1]")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must be in (0, 1]")
+        if not 0 <= self.final_scale <= 1:
+            raise ValueError(f"final_scale={self.final_scale} must be in [0, 1]")
+
+    def _check_types(self) -> None:
+        given: Mapping[str, Any] = vars(self)
+        for name, kinds, allowed in (
+            ("warmup_steps", int, "an integer number of steps"),
+            ("peak_lr", int | float | None, "a number or None"),
+            ("total_steps", int | None, "an integer number of steps or None"),
+            ("decay", str, f"one of {', '.join(_DECAYS)}"),
+            ("decay_fraction", int | float, "a number in (0, 1]"),
+            ("final_scale", int | float, "a number in [0, 1]"),
+        ):
+            if isinstance(given[name], bool) or not isinstance(given[name], kinds):
+                raise TypeError(f"{name} must be {allowed}, got {given[name]!r}")
 
     def __call__(self, threshold: float, lr: Any, step: Any) -> Any:
         """The threshold of the ``step``-th step, counted from 1: a float, or a tensor as ``step`` is."""
@@ -97,7 +120,10 @@ class ClipSchedule:
             assert self.total_steps is not None
             length = self.decay_fraction * self.total_steps
             x = limit((done - (self.total_steps - length)) / length, 0.0, 1.0)
-            factor = self.final_scale + (1 - self.final_scale) * _DECAYS[self.decay](x)
+            if self.decay == "exp" and self.final_scale:
+                factor = self.final_scale**x
+            else:
+                factor = self.final_scale + (1 - self.final_scale) * _DECAYS[self.decay](x)
         if self.warmup_steps:
             assert self.peak_lr is not None
             warm = self.peak_lr / limit(lr, 1e-10, math.inf)
@@ -179,6 +205,7 @@ class SpectralClip:
 
     def cut(self, name: str, own_name: str, param: Tensor) -> _Clip | None:
         """What becomes of a parameter's matrices; None for parameters that are left alone."""
+        check_names_of(self.apply_to, name, own_name)
         if not applies(self.apply_to, own_name, param):
             return None
         rows = rows_of_parts(name, own_name, param, self.split)
@@ -194,12 +221,17 @@ class _Clip(WholeMatrices):
     pre: float | None = None
     schedule: ClipSchedule = field(default_factory=ClipSchedule)
 
+    def bytes_per_element(self, param: Tensor) -> float:
+        """Squares of the smaller dimension have copies, more of them than the matrices themselves."""
+        rows, columns = (1, *param.shape)[-2:] if param.ndim < 4 else (len(param), math.prod(param.shape[1:]))
+        return 20 + 80 * min(rows, columns) / max(rows, columns, 1)
+
     def reads_gradients(self) -> bool:
         return self.pre is not None
 
     def scalars(self, hyper: Hyper, step: Any, decay: Any) -> tuple[Any, ...]:
         return tuple(
-            0.0 if threshold is None else self.schedule(threshold, hyper["lr"], step)
+            0.0 if threshold is None else limit(self.schedule(threshold, hyper["lr"], step), _LEAST, math.inf)
             for threshold in (self.post, self.pre)
         )
 

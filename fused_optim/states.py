@@ -11,30 +11,48 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.codecs import CODECS
 from .kernels.layout import flat
 from .kernels.masking import DENSE, MASK
 from .kernels.planes import read, write
 from .kernels.reference.blocks import BLOCK_CODECS
 from .kernels.rules import RULES
 from .kernels.spec import Codec, Plane, Rule
-from .storage import complete_state, empty_plane, local_view, plane_shape, value_codec
+from .storage import (
+    ORDER,
+    complete_state,
+    empty_plane,
+    is_order_of,
+    local_view,
+    order_of,
+    plane_shape,
+    planes_of,
+    value_codec,
+)
 
 
-def decode(
-    param: Tensor, state: Mapping[str, Any], key: str, codec: Codec, order: Tensor | None = None
-) -> Tensor:
+class Stored(NamedTuple):
+    """How a parameter and each of its states are kept."""
+
+    param: Codec
+    states: tuple[Codec, ...]
+
+
+def decode(param: Tensor, state: Mapping[str, Any], key: str, codec: Codec) -> Tensor:
     """The values of a state as a tensor like the parameter, in fp32 (fp64, complex: in its own precision).
 
     Args:
         param: whose state it is.
-        state: its planes.
+        state: its planes, and in which order they run if that is not the parameter's.
         key: the state's name, such as ``"exp_avg"``.
         codec: how it is stored.
-        order: a tensor whose strides say in which order the planes run; the parameter by default.
     """
+    order = local_view(param)
+    if _shares_entries(codec):
+        order = _memory(order, order_of("a parameter", state, param))
     planes = [local_view(state[key + plane.suffix]) for plane in codec.planes]
     out = empty_plane(param, value_codec(param).planes[0])
-    read(codec, planes, local_view(param) if order is None else order, local_view(out))
+    read(codec, planes, order, local_view(out))
     return out
 
 
@@ -81,11 +99,11 @@ def _restore(codec: Codec, planes: Sequence[Tensor], values: Tensor, order: Tens
         target.copy_(new.view(target.shape))
 
 
-def _is_stored_as(entry: Mapping[str, Any], key: str, codec: Codec) -> bool:
-    planes = [entry.get(key + plane.suffix) for plane in codec.planes]
+def _is_stored_as(entry: Mapping[str, Any], key: str, codec: Codec, param: Tensor) -> bool:
+    planes = [(entry.get(key + plane.suffix), getattr(torch, plane.dtype)) for plane in codec.planes]
     return all(
-        isinstance(value, Tensor) and (value.is_complex() or value.dtype == getattr(torch, plane.dtype))
-        for value, plane in zip(planes, codec.planes, strict=True)
+        isinstance(value, Tensor) and (value.is_complex() if param.is_complex() else value.dtype == dtype)
+        for value, dtype in planes
     )
 
 
@@ -98,7 +116,12 @@ def _check_shape(name: str, key: str, value: Tensor, shape: tuple[int, ...]) -> 
 
 
 def _copy(
-    name: str, entry: Mapping[str, Any], param: Tensor, key: str, planes: Sequence[Plane]
+    name: str,
+    entry: Mapping[str, Any],
+    param: Tensor,
+    key: str,
+    planes: Sequence[Plane],
+    signed_scale: bool = False,
 ) -> dict[str, Tensor]:
     """Planes as they were saved.
 
@@ -114,6 +137,11 @@ def _copy(
                 f"state {key + plane.suffix!r} of {name} is NaN or infinite in the state dict: training had "
                 "diverged when it was saved, or it is damaged; load an earlier one"
             )
+        if plane.suffix == ".scale" and not signed_scale and (value < 0).any():
+            raise ValueError(
+                f"state {key + plane.suffix!r} of {name} holds {float(value.min()):g} in the state dict, "
+                "where no scale is below 0: it is damaged"
+            )
         state[key + plane.suffix] = empty_plane(param, plane).copy_(value)
     return state
 
@@ -125,6 +153,11 @@ def _checked_value(name: str, entry: Mapping[str, Any], param: Tensor, key: str)
         raise ValueError(
             f"state {key!r} of {name} has shape {shape} in the state dict, the parameter has "
             f"{tuple(param.shape)}: it belongs to another model"
+        )
+    if value.is_complex() != param.is_complex():
+        raise ValueError(
+            f"state {key!r} of {name} is {value.dtype} in the state dict, the parameter is {param.dtype}: it "
+            "belongs to another model"
         )
     if not (value.is_floating_point() or value.is_complex()):
         raise ValueError(
@@ -138,7 +171,7 @@ def _checked_step(name: str, step: Any) -> Any:
     """A copy of a step count; ``complete_state`` makes a tensor of a number.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: it is no number, or missing.
     """
     number = isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)
     if not number or not 0 <= float(step) < float("inf"):
@@ -151,7 +184,7 @@ def _checked_step(name: str, step: Any) -> Any:
 
 _SHARED = ("radius", "row_second_moment")
 _SLOTS = {slot.name for rule in RULES.values() for slot in rule.slots}
-_KNOWN = {"param", "step", MASK.name, DENSE.name, *_SHARED, *_SLOTS}
+_KNOWN = {"param", "step", ORDER, MASK.name, DENSE.name, *_SHARED, *_SLOTS}
 """What this library writes, by the name before the first dot; states of matrices belong to modules above."""
 
 
@@ -160,15 +193,19 @@ def _is_of_the_user(key: str) -> bool:
     return key.partition(".")[0] not in _KNOWN
 
 
+def orphans(state: Mapping[str, Any], rule: Rule, stored: Stored) -> list[str]:
+    """Entries of this library that an optimizer no longer keeps, its options being others now."""
+    kept = {"step", ORDER, *planes_of(stored.param, rule, stored.states), *(key for key, _ in rule.shared)}
+    return [key for key in state if key not in kept and not _is_of_the_user(key)]
+
+
 def _owned(value: Any, param: Tensor) -> Any:
     """A copy of an entry that only the user reads, on the parameter's device."""
     return value.detach().to(param.device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
 
 
-def _memory(param: Tensor, dims: Sequence[int] | None) -> Tensor:
+def _memory(param: Tensor, dims: Sequence[int]) -> Tensor:
     """A tensor without memory whose dimensions lie in the given order, outermost first."""
-    if dims is None:
-        return local_view(param)
     like = torch.empty([param.shape[dim] for dim in dims], device="meta")
     return like.permute([dims.index(dim) for dim in range(param.ndim)])
 
@@ -178,21 +215,17 @@ def _shares_entries(codec: Codec) -> bool:
     return any(plane.per > 1 for plane in codec.planes)
 
 
-class Stored(NamedTuple):
-    """How a parameter and each of its states are kept."""
-
-    param: Codec
-    states: tuple[Codec, ...]
-
-
 def _sources(entry: Mapping[str, Any], param: Tensor, rule: Rule, saved: Stored | None) -> list[Codec | None]:
     """How each slot was saved: as planes of a codec (``keep_fp32`` may have overruled it), or as values."""
     if saved is None:
         return [None] * len(rule.slots)
     plain = value_codec(param)
     pairs = zip(rule.slots, saved.states, strict=True)
+    # Of a parameter that had another precision, states have that.
+    plains = (plain, CODECS["fp32"], CODECS["fp64"])
     return [
-        next((c for c in (codec, plain) if _is_stored_as(entry, slot.name, c)), None) for slot, codec in pairs
+        next((c for c in (codec, *plains) if _is_stored_as(entry, slot.name, c, param)), None)
+        for slot, codec in pairs
     ]
 
 
@@ -203,7 +236,6 @@ def load(
     rule: Rule,
     now: Stored,
     saved: Stored | None,
-    dims: Sequence[int] | None = None,
     ours: bool = False,
 ) -> dict[str, Any]:
     """A parameter's state from a checkpoint; nothing is aliased.
@@ -215,7 +247,6 @@ def load(
         rule: what it follows.
         now: its codecs in this optimizer.
         saved: its codecs if this library saved planes; None for plain values.
-        dims: the order of its dimensions in memory when it was saved, if it was another.
         ours: whether this library saved it: then entries that no rule knows are the user's, and stay.
 
     Raises:
@@ -233,7 +264,7 @@ def load(
     for slot, source in zip(rule.slots, sources, strict=True):
         expected |= {slot.name + plane.suffix for plane in source.planes} if source else set()
     shared = {key: per.shape(tuple(param.shape)) for key, per in rule.shared if entry.get(key) is not None}
-    found = {key for key, value in entry.items() if value is not None and key != "step"} - set(shared)
+    found = {key for key, value in entry.items() if value is not None} - {"step", ORDER, *shared}
     extra = {key for key in found - param_keys - expected if ours and _is_of_the_user(key)}
     if found - param_keys - extra != expected:
         raise ValueError(
@@ -246,12 +277,20 @@ def load(
             f"{now.param.name!r}; construct it with the same param_codec, or save with "
             "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
         )
+    dims = order_of(name, entry, param)
+    stays = saved is None or is_order_of(dims, param)
     state: dict[str, Any] = {key: _owned(entry[key], param) for key in extra}
-    if entry.get("step") is not None:
-        state["step"] = _checked_step(name, entry["step"])
+    # Without second moments, which it corrects, others keep no count.
+    if entry.get("step") is not None or saved is not None or not all(slot.signed for slot in rule.slots):
+        state["step"] = _checked_step(name, entry.get("step"))
     if param_keys and found >= param_keys:
         state |= _copy(name, entry, param, "param", now.param.planes[1:])
     for key, shape in shared.items():
+        if not isinstance(entry[key], Tensor):
+            raise ValueError(
+                f"state {key!r} of {name} is {entry[key]!r} in the state dict, a tensor of shape {shape} is "
+                "expected: it is damaged"
+            )
         _check_shape(name, key, entry[key], shape)
         state[key] = entry[key].detach().to(param.device, torch.float32, copy=True)
     for slot, source, codec in zip(rule.slots, sources, now.states, strict=True):
@@ -260,14 +299,14 @@ def load(
                 f"the state dict does not hold {slot.name!r} of {name} as its own options say (names and "
                 "dtypes of codes and scales): it is damaged"
             )
-        if source is codec and (dims is None or not _shares_entries(codec)):
-            state |= _copy(name, entry, param, slot.name, codec.planes)
+        if source is codec and (stays or not _shares_entries(codec)):
+            state |= _copy(name, entry, param, slot.name, codec.planes, codec.signed_scale)
             continue
         if source is None or not (_shares_entries(source) or len(source.planes) > 1):
             value = _checked_value(name, entry, param, slot.name)
         else:
-            planes = _copy(name, entry, param, slot.name, source.planes)
-            value = decode(param, planes, slot.name, source, _memory(param, dims))
+            planes = _copy(name, entry, param, slot.name, source.planes, source.signed_scale)
+            value = decode(param, {**planes, ORDER: dims}, slot.name, source)
         state |= encode(param, value, slot.name, codec)
     complete_state(state, param, rule, now.param, now.states)
     return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .kernels.codecs import CODECS, OF_DTYPE, PARAM_CODECS, for_slot
-from .kernels.layout import follows
+from .kernels.layout import follows, memory_order, walked
 from .kernels.masking import keeps_dense
 from .kernels.spec import Codec, Plane, Rule
 from .precision import keeps_full_precision, patterns_of
@@ -24,35 +24,6 @@ def is_dtensor(tensor: Tensor) -> bool:
     """Without importing ``torch.distributed.tensor``, which takes longer than everything else here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-def spread(param: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """A DTensor's mesh and those of its dimensions that hold other parts of it; None if all hold all."""
-    if not is_dtensor(param):
-        return None
-    placements: Any = param.placements  # pyright: ignore[reportAttributeAccessIssue]
-    dims = tuple(dim for dim, placement in enumerate(placements) if not placement.is_replicate())
-    return (param.device_mesh, dims) if dims else None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def widths(param: Tensor, dim: int) -> set[int]:
-    """How large a dimension is: of a DTensor on each rank."""
-    dim %= param.ndim
-    sizes = {param.shape[dim]}
-    placements: Any = param.placements if is_dtensor(param) else ()  # pyright: ignore[reportAttributeAccessIssue]
-    for axis, placement in enumerate(placements):
-        if not placement.is_replicate() and placement.dim == dim:
-            ranks = param.device_mesh.size(axis)  # pyright: ignore[reportAttributeAccessIssue]
-            parts = {size: -(-size // ranks) for size in sizes}
-            sizes = {max(0, min(part, size - i * part)) for size, part in parts.items() for i in range(ranks)}
-    return sizes
-
-
-def sum_of_ranks(value: Tensor, mesh: Any, dims: Sequence[int]) -> Tensor:
-    """What the ranks along these dimensions of a mesh have, summed in place."""
-    for dim in dims:
-        torch.distributed.all_reduce(value, group=mesh.get_group(dim))
-    return value
 
 
 def local_view(tensor: Tensor) -> Tensor:
@@ -271,6 +242,44 @@ def empty_plane(param: Tensor, plane: Plane) -> Tensor:
     return out
 
 
+ORDER = "memory_order"
+"""Key of the dimensions in the order in which they lay in memory when a parameter's states were made."""
+
+
+def order_of(name: str, state: Mapping[str, Any], param: Tensor) -> list[int]:
+    """The order in which a state's vectors run: the usual one if it tells nothing.
+
+    Raises:
+        ValueError: it is no order of the parameter's dimensions.
+    """
+    order = state.get(ORDER)
+    if order is None:
+        return list(range(param.ndim))
+    dims = order.tolist() if isinstance(order, Tensor) else order
+    if not isinstance(dims, list) or sorted(dims) != list(range(param.ndim)):
+        raise ValueError(
+            f"state {ORDER!r} of {name} is {dims!r}, an order of its {param.ndim} dimensions is expected: it "
+            "belongs to another model or is damaged"
+        )
+    return dims
+
+
+def is_order_of(dims: Sequence[int], param: Tensor) -> bool:
+    """Whether a walk through a parameter's memory meets its dimensions in this order."""
+    local = local_view(param)
+    return [dim for dim in dims if local.shape[dim] != 1] == walked(local)
+
+
+def _needs_order(param: Tensor, planes: Collection[Plane]) -> bool:
+    """Whether states must tell the order of dimensions: vectors do not show it.
+
+    With more than two dimensions they always do, because ``.to(memory_format=...)`` changes it, and a
+    checkpoint that is read into states of another order must find the entry there.
+    """
+    unusual = param.ndim > 2 or not is_order_of(range(param.ndim), param)
+    return unusual and any(plane.per > 1 for plane in planes)
+
+
 def complete_state(
     state: dict[str, Any], param: Tensor, rule: Rule, param_codec: Codec, codecs: tuple[Codec, ...]
 ) -> None:
@@ -281,9 +290,12 @@ def complete_state(
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.ndim:
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     own = [slot.name for slot in rule.slots if slot.codec is not None]
-    for key, plane in planes_of(param_codec, rule, codecs).items():
+    planes = planes_of(param_codec, rule, codecs)
+    for key, plane in planes.items():
         if state.get(key) is None and key.partition(".")[0] not in own:
             state[key] = empty_plane(param, plane)
+    if state.get(ORDER) is None and _needs_order(param, planes.values()):
+        state[ORDER] = torch.tensor(memory_order(local_view(param)), device="cpu")
     for key, per in rule.shared:
         if state.get(key) is None:
             state[key] = torch.zeros(per.shape(tuple(param.shape)), device=param.device)
@@ -302,11 +314,20 @@ def check_state(
     Raises:
         ValueError: shape, dtype, device or memory order of a plane is not the expected one.
     """
+    planes = planes_of(param_codec, rule, codecs)
     kept = {
         key: (_plane_dtype(param, plane), plane_shape(plane, param), plane.per)
-        for key, plane in planes_of(param_codec, rule, codecs).items()
+        for key, plane in planes.items()
     }
     kept |= {key: (torch.float32, per.shape(tuple(param.shape)), 0) for key, per in rule.shared}
+    vectors = any(plane.per > 1 and state.get(key) is not None for key, plane in planes.items())
+    order = order_of(name, state, param)
+    if vectors and not is_order_of(order, param):
+        raise ValueError(
+            f"the dimensions of {name} lie in memory as {memory_order(local_view(param))}, outermost first, "
+            f"and lay as {order} when its states were made; bring these into the new order: "
+            "optimizer.load_state_dict(optimizer.state_dict())"
+        )
     for key, (expected, shape, per) in kept.items():
         value = state.get(key)
         if value is None:

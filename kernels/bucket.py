@@ -29,7 +29,7 @@ from .spec import Hyper
 class Member:
     """One parameter in a plan: ``param`` as the user holds it, ``state`` its dictionary.
 
-    ``ordinal`` is its index among all parameters of the optimizer.
+    ``ordinal`` is its index among all parameters of the optimizer; ``drawn`` is where its random bits begin.
     """
 
     key: Key
@@ -38,6 +38,7 @@ class Member:
     state: dict[str, Any]
     local: Callable[[Tensor], Tensor]
     ordinal: int = 0
+    drawn: int = 0
     numel: int = field(init=False)
     layout: Layout = field(init=False)
 
@@ -49,7 +50,7 @@ class Member:
     def operands(self, names: Sequence[Sequence[str]]) -> Operands:
         """The planes of the parameter, the parameter itself being the first, and those of each slot."""
         param, *states = ([self.local(self.state[name]) for name in some] for some in names)
-        return Operands([self.local(self.param), *param], states, self.layout, self.ordinal)
+        return Operands([self.local(self.param), *param], states, self.layout, self.ordinal, self.drawn)
 
 
 def operands_of(members: Sequence[Member]) -> list[Operands]:

@@ -42,14 +42,18 @@ def control(
     clips: Sequence[float | None],
     skip_nonfinite: bool,
 ) -> Control:
-    """Combines a loss scaler's tensors, the gradients' sum of squares and each group's largest norm."""
+    """Combines a loss scaler's tensors, the gradients' sum of squares and each group's largest norm.
+
+    The sum is -inf where float64 is too small for that of finite gradients.
+    """
     if grad_scale is None and found_inf is None and square_sum is None:
         return Control([1.0] * len(clips), None)
     scale, inf, total = (_here(value, device) for value in (grad_scale, found_inf, square_sum))
     inverse = 1.0 if scale is None else 1.0 / scale
     g_scales = [inverse] * len(clips)
     if total is not None:
-        norm = total**0.5 * inverse
+        norm = abs(total) ** 0.5
+        norm = norm if scale is None else norm * inverse
         for group, clip in enumerate(clips):
             if clip is not None:
                 # The constant is torch.nn.utils.clip_grad_norm_'s.
@@ -57,6 +61,6 @@ def control(
     active = None if inf is None else inf == 0
     if skip_nonfinite:
         assert total is not None
-        finite = total - total == 0
+        finite = total < float("inf")
         active = finite if active is None else active & finite
     return Control(g_scales, active)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .launch import Driver
+from .layout import MAX_DIMS, Layout
 from .spec import Codec, Rule
 
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
@@ -59,7 +60,7 @@ def available() -> dict[str, str | None]:
 @cache
 def _driver(backend: str) -> Driver:
     module = _module(backend)
-    return Driver(backend, module.step, module.square_sum)
+    return Driver(backend, module.step, module.square_sum, by_table=backend != "reference")
 
 
 @cache
@@ -102,6 +103,28 @@ def choose(device_type: str, codecs: tuple[Codec, ...], backend: str) -> Driver:
         usable = [name for name in _MODULES if _unusable(name, device_type, codecs) is None]
         raise ValueError(f"backend={backend!r} cannot run here: {reason}. Backends usable here: {usable}")
     return _driver(backend)
+
+
+def that_walks(layout: Layout, name: str, driver: Driver, backend: str) -> Driver:
+    """A driver that finds the elements of a parameter and its gradient: the one chosen, or the reference.
+
+    Raises:
+        ValueError: ``backend`` names one that knows fewer dimensions.
+    """
+    dims = len(layout.sizes)
+    if dims <= MAX_DIMS or not driver.by_table:
+        return driver
+    reason = (
+        f"{name} and its gradient lie in memory in {dims} dimensions that cannot be merged, where kernels "
+        f"know {MAX_DIMS}"
+    )
+    if backend != "auto":
+        raise ValueError(
+            f"{reason}: backend={backend!r} cannot update it; use backend='auto' or 'reference', or make "
+            "both contiguous"
+        )
+    _log_once(f"{driver.name} kernels are not used: {reason}; make both contiguous")
+    return _driver("reference")
 
 
 def mask_functions(device_type: str) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .finders import Finder
     from .matrix import MatrixCut
 
-NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, HEADER = range(6)
+NUMEL, ROW, ALIGNED, LAYOUT, ORDINAL, DRAWN, HEADER = range(7)
 """Columns of ``Launch.table``, then addresses of each codec's planes and lookup table, gradient last."""
 
 SEED, STEP = 2, 3
@@ -34,11 +34,15 @@ def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
 
 
 class Driver(NamedTuple):
-    """A backend: how a launch's step and its gradients' sum of squares are computed."""
+    """A backend: how a launch's step and its gradients' sum of squares are computed.
+
+    ``by_table`` says whether it finds elements by the launch's table of layouts, with its ``MAX_DIMS``.
+    """
 
     name: str
     step: Callable[[Launch], None]
     square_sum: Callable[[Launch], Tensor]
+    by_table: bool = True
 
 
 class Key(NamedTuple):
@@ -64,13 +68,14 @@ class Operands(NamedTuple):
     """One parameter's tensors: the planes of what a launch writes in its place, and those of its states.
 
     ``layout`` says how the first plane and the gradient lie; ``ordinal`` is the parameter's index among all
-    of the optimizer.
+    of the optimizer; ``drawn`` is how many counters of random bits belong to shards before this one.
     """
 
     param: list[Tensor]
     states: list[list[Tensor]]
     layout: Layout
     ordinal: int
+    drawn: int = 0
 
 
 class Launch:
@@ -87,7 +92,7 @@ class Launch:
         self.param_planes = [o.param for o in operands]
         self.state_planes = [o.states for o in operands]
         self.params = [planes[0] for planes in self.param_planes]
-        self.ordinals = [o.ordinal for o in operands]
+        self.ordinals, self.drawn = [o.ordinal for o in operands], [o.drawn for o in operands]
         self.numels = [p.numel() for p in self.params]
         self.random = any(codec.random for codec in (key.param, *key.states))
         self.grads: list[Tensor] = []
@@ -106,11 +111,12 @@ class Launch:
         memory = torch.zeros(columns * n + row_words, dtype=torch.int64, device="cpu")
         table = memory[: columns * n].view(columns, n)
         words = table.numpy()
-        words[NUMEL], words[ROW], words[ORDINAL] = self.numels, row_indices, self.ordinals
+        words[NUMEL], words[ROW] = self.numels, row_indices
+        words[ORDINAL], words[DRAWN] = self.ordinals, self.drawn
         words[HEADER:-1] = np.array(addresses, np.int64).T
         self._fixed_aligned = np.bitwise_or.reduce(words[HEADER:-1], axis=0) % 16 == 0
         self._low_bits = b""
-        if self.strided:
+        if self.strided and self.driver.by_table:
             words[LAYOUT] = np.arange(n)
             records = [layout.record() for layout in self._layouts]
             records = torch.tensor(records, dtype=torch.int64, device="cpu")

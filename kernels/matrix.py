@@ -47,9 +47,8 @@ class MatrixCut(Protocol):
         """Memory that the matrices of one launch may take, with what the transformations need."""
         ...
 
-    @property
-    def bytes_per_element(self) -> int:
-        """What one element of a matrix takes of that."""
+    def bytes_per_element(self, param: Tensor) -> float:
+        """What one element of a parameter's matrices takes of that."""
         ...
 
     def reads_gradients(self) -> bool:
@@ -116,7 +115,7 @@ class MatrixBucket(Bucket):
         grads = [member.local(member.param.grad) for member in members if member.param.grad is not None]
         count = len(self.whole_rule.slots)
         in_place_of_params = [
-            Operands([u], operands.states[:count], layout_of(u, grad), operands.ordinal)
+            Operands([u], operands.states[:count], layout_of(u, grad), operands.ordinal, operands.drawn)
             for u, operands, grad in zip(updates, own, grads, strict=True)
         ]
         further, whole = [], key
@@ -320,5 +319,6 @@ def chunks(members: Sequence[Member]) -> Iterator[list[Member]]:
         assert cut is not None
         ranks = 1 if spread is None else math.prod(map(spread[0].size, spread[1]))
         numel = -(-group[0].param.numel() // ranks)
-        size = max(1, cut.workspace_bytes // (numel * cut.bytes_per_element))
+        each = max(1, numel) * cut.bytes_per_element(group[0].param)
+        size = max(1, int(cut.workspace_bytes // each))
         yield from (group[start : start + size] for start in range(0, len(group), size))

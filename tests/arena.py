@@ -118,7 +118,7 @@ class Bed:
             for plane, values in zip(codec.planes, planes, strict=True):
                 state[slot.name + plane.suffix] = tensor(values, odd == 2 + i)
         owner: Any = Owner(tensor(param, odd == 0), self._grads[0][index])
-        return Member(key, index % 2, owner, state, _local, ordinal=3 * index)
+        return Member(key, index % 2, owner, state, _local, ordinal=3 * index, drawn=index * (2**32 - 3))
 
     def step(self, control: Control | None = None) -> None:
         """One step with new gradients at the other of two addresses."""

@@ -116,8 +116,12 @@ def shards_through_helpers(cases: list[tuple[torch.dtype, dict[str, Any]]]) -> N
     """What each process of a group does: FSDP2, in shards, whole and flat."""
     from torch.distributed.fsdp import fully_shard
 
+    ways = [{}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}]
+    if torch.__version__ < "2.9":
+        # Its flattened form asks for the same states of all parameters, and short ones stay in fp32.
+        ways.pop()
     for dtype, options in cases:
-        for how in ({}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}):
+        for how in ways:
             torch.manual_seed(0)
             model = torch.nn.Linear(65, 65).to(dtype)
             fully_shard(model)

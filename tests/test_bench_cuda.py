@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from bench import static_cuda
+from bench.machine_code import executed_path, instructions, main_loop
 from fused_optim.kernels.native import library
+from fused_optim.kernels.triton.budget import USABLE_SHARE
+from tests.compiling import ROOT
 
 UNIT = "_ZN45_GLOBAL__N__d9795ced_12_step_cuda_cu_0e4fd45d"
 CODED, SUM = f"{UNIT}17step_coded_kernelINS_12sgd_momentumEEEvNS_6LaunchE", f"{UNIT}17square_sum_kernelEPd"
@@ -34,7 +38,7 @@ SASS = """
 	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][0x28] ;         /* 0x00000a00ff017b82 */
                                                                   /* 0x000fe20000000800 */
-        /*0010*/              @!P0 STG.E.64 desc[UR6][R2.64], R4 ;  /* 0x0 */
+        /*0010*/              @!P0 STG.E.EF.64 desc[UR6][R2.64], R4 ;  /* 0x0 */
         /*0020*/                   EXIT ;                         /* 0x000000000000794d */
         /*0030*/                   BRA 0x30;                      /* 0xfffffffc00fc7947 */
         /*0040*/                   NOP;                           /* 0x0000000000007918 */
@@ -47,7 +51,7 @@ def listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """By option, what cuobjdump prints of a library."""
     printed = {"-sass": SASS.format(function=CODED) + SASS.format(function=SUM)}
     file = tmp_path / "libfused_optim_cuda.so"
-    file.touch()
+    file.write_bytes(b"\0Cuda compilation tools, release 13.0, V13.0.88\0Build\0")
     monkeypatch.setattr(static_cuda, "cuobjdump", lambda: "cuobjdump")
     monkeypatch.setattr(static_cuda, "dump", lambda tool, file, option, *more: printed[option])
     monkeypatch.setattr(library, "path", lambda kind: file)
@@ -63,7 +67,9 @@ def test_kernels_are_named_and_counted(listed: dict[str, str], tmp_path: Path) -
     assert static_cuda.main(["--out", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["kind"] == "static_cuda" and written["command"].startswith("python -m bench static_cuda")
-    counts = {"sm": 90, "registers": 96, "spilled": 0, "shared": 1248, "emitted": 3}
+    assert written["compiler"] == "release 13.0, V13.0.88"
+    counts = {"sm": 90, "registers": 96, "spilled": 0, "shared": 1248, "emitted": 3, "access": [8]}
+    counts |= dict.fromkeys(("read", "written", "executed", "budget", "used", "bound"))
     assert written["kernels"] == [
         {"kernel": "square_sum", "rule": None, "arithmetic": "exact", **counts},
         {"kernel": "step_coded", "rule": "sgd_momentum", "arithmetic": "fast", **counts},
@@ -77,6 +83,35 @@ def test_a_spill_is_a_status(
     listed["-res-usage"] = _usage(CODED, **spilled) + _usage(SUM)
     assert static_cuda.main([]) == 1
     assert "step_coded sgd_momentum fast sm_90 spills 16 bytes" in capsys.readouterr().out
+
+
+LOOP = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.EF.128 R4, desc[UR6][R2.64] ;
+        /*0020*/               @P0 BRA 0x60 ;
+        /*0030*/                   MOV R8, R4 ;
+        /*0040*/                   MOV R9, R5 ;
+        /*0050*/                   BRA 0x70 ;
+        /*0060*/                   F2FP.BF16.F32.PACK_AB R8, R4, R5 ;
+        /*0070*/                   STG.E.EF.128 desc[UR6][R2.64], R8 ;
+        /*0080*/               @P1 BRA 0x10 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_the_path_of_fp32_is_counted() -> None:
+    """Not that of bf16, although it is shorter; what is outside of the loop is shared by four rounds."""
+    code = instructions(LOOP)
+    assert static_cuda.per_element(code) == (16 / 8, 16 / 8, (7 + 2 / 4) / 8)
+    first, last = main_loop(code)
+    assert len(executed_path(code, first, last)) == 4
+
+
+def test_other_bytes_than_the_models_are_a_fault() -> None:
+    report = static_cuda.Report("step", "sgd", "exact", 90, 32, 0, 0, 100, (16,), 8, 4, 6, 12)
+    assert report.fault is None and (report.used, report.bound) == (0.5, "memory")
+    assert replace(report, executed=13).bound == "instructions"
+    assert replace(report, written=8).fault == "moves 8 + 8 bytes, not 8 + 4"
 
 
 def test_what_is_missing_is_said(
@@ -105,16 +140,54 @@ def test_where_no_cuobjdump_is(monkeypatch: pytest.MonkeyPatch) -> None:
         static_cuda.cuobjdump()
 
 
-def test_the_installed_library_is_read(tmp_path: Path) -> None:
-    """Where both are there; a file that is no library is refused."""
+@pytest.fixture(scope="module")
+def installed() -> tuple[Path, list[static_cuda.Report]]:
+    """The library and what is counted in it for sm_90, where both it and cuobjdump are there."""
     try:
-        tool, file = static_cuda.cuobjdump(), static_cuda.built()
+        file = static_cuda.built()
+        return file, static_cuda.reports(static_cuda.cuobjdump(), file, [90])
     except static_cuda.MissingToolError as missing:
         pytest.skip(str(missing))
-    found = static_cuda.reports(tool, file, [90])
+
+
+def test_the_installed_library_is_read(
+    installed: tuple[Path, list[static_cuda.Report]], tmp_path: Path
+) -> None:
+    """A file that is no library is refused."""
+    _, found = installed
     assert {r.kernel for r in found} == {"step", "step_coded", "step_masked", "square_sum"}
     assert {r.arithmetic for r in found} == {"exact", "fast"} and all(r.emitted > 100 for r in found)
     text = tmp_path / "text.so"
     text.write_text("no library")
     with pytest.raises(static_cuda.MissingToolError):
-        static_cuda.reports(tool, text, [90])
+        static_cuda.reports(static_cuda.cuobjdump(), text, [90])
+
+
+def test_plain_steps_move_what_they_must(installed: tuple[Path, list[static_cuda.Report]]) -> None:
+    for r in installed[1]:
+        assert r.fault is None and 16 in r.access, r
+        assert (r.used is not None) == (r.kernel == "step"), r
+        assert r.used is None or r.used <= USABLE_SHARE, r
+
+
+def test_no_kernel_grows(installed: tuple[Path, list[static_cuda.Report]]) -> None:
+    """Beside the committed counts."""
+    file, found = installed
+    recorded = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
+    own = static_cuda.compiler(file.read_bytes())
+    if own != recorded["compiler"]:
+        pytest.skip(f"cuda.json was counted with CUDA {recorded['compiler']}, the library is of {own}")
+    keys = ("kernel", "rule", "arithmetic", "sm")
+    before = {tuple(k[key] for key in keys): k for k in recorded["kernels"]}
+    now = {tuple(k[key] for key in keys): k for k in map(asdict, found)}
+    assert before.keys() & now.keys()
+    # Where one instruction changes, others are ordered anew. How many blocks share a multiprocessor is fixed.
+    slack = {"emitted": 1.03, "executed": 1.03, "registers": 1.05, "spilled": 1}
+    faults = [
+        f"{' '.join(map(str, key))}: {name} {before[key][name]:.5g} has become {k[name]:.5g}"
+        for key, k in now.items()
+        for name, factor in slack.items()
+        if key in before and k[name] is not None and k[name] > factor * before[key][name]
+    ]
+    faults += [f"{' '.join(map(str, key))}: not in the file" for key in now if key not in before]
+    assert not faults, "\n".join([*faults, f"If this is wanted, count anew: {recorded['command']}"])

@@ -351,6 +351,7 @@ def test_options_that_a_file_does_not_have_stay() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_distributed_checkpoint_file(tmp_path: Path) -> None:
     """flashoptim issue 3: a round trip through DCP took the loss from 2.4 to 1785."""
     import torch.distributed.checkpoint as dcp

@@ -85,6 +85,33 @@ def _moved(value: torch.Tensor, mesh: Any) -> Any:
     return value.redistribute(mesh, [Shard(1)]) if isinstance(value, DTensor) else value
 
 
+def _check_random_bits(mesh: Any) -> None:
+    """Shards of whole rows draw those of the whole; others draw bits of their own."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    options: dict[str, Any] = {"lr": 1e-3, "param_codec": "bf16_sr", "state_codec": "bf16_sr"}
+
+    def stepped(values: torch.Tensor, placement: Any) -> torch.Tensor:
+        shown = distribute_tensor(values.clone(), mesh, [placement])
+        params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), torch.nn.Parameter(shown)]
+        optimizer = fused_optim.AdamW(params, **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.full_like(param, 0.3)
+            optimizer.step()
+        found = params[1]
+        assert isinstance(found.data, DTensor)
+        return found.detach().full_tensor()  # pyright: ignore[reportCallIssue]
+
+    # Three rows of eight numbers: the first rank has two of them.
+    for rows in (3, 4, 1024):
+        values = torch.full((rows, 8), 16.0, dtype=torch.bfloat16)
+        assert torch.equal(stepped(values, Shard(0)), stepped(values, Replicate())), rows
+    moved = stepped(torch.full((64, 512), 1.0, dtype=torch.bfloat16), Shard(1))
+    halves = moved.chunk(2, 1)
+    assert len(moved.unique()) > 1 and not torch.equal(*halves)
+
+
 def _check_masks(mesh: Any) -> None:
     """Groups that no shard cuts are masked as in one process, also after a resume."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -269,7 +296,8 @@ def _check_the_recipe() -> None:
     optimizer.step()
     fresh = _Layers()
     for ours, expected, before in zip(*(m.parameters() for m in (model, whole, fresh)), strict=True):
-        torch.testing.assert_close(ours.detach().full_tensor(), expected.detach(), rtol=0, atol=1e-6)
+        # A gradient near zero differs by its rounding, and the first step only knows its sign.
+        torch.testing.assert_close(ours.detach().full_tensor(), expected.detach(), rtol=0, atol=1e-5)
         assert (expected - before).abs().max() > 2e-4
 
 
@@ -299,6 +327,7 @@ def _worker(rank: int, port: int) -> None:
     _check_matrices(mesh)
     _check_that_moved_shards_are_found(mesh)
     _check_the_recipe()
+    _check_random_bits(mesh)
     shards_through_helpers(HELPED)
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))
     optimizer = fused_optim.AdamW([param])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import fused_optim
 from fused_optim import info
 from fused_optim.__main__ import main
 from fused_optim.kernels import dispatch
-from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.codecs import CODECS, PARAM_CODECS, STATE_CODECS
 from fused_optim.kernels.native import cpu, library
 from fused_optim.kernels.rules import RULES
+from fused_optim.training import plan_rules
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -65,7 +67,33 @@ def test_list_gives_the_bytes_of_the_catalogues(capsys: pytest.CaptureFixture[st
         shown = rows[codec.name]
         assert float(shown[0]) == pytest.approx(codec.bytes_per_value, rel=1e-3)
         for rule, cell in zip(RULES.values(), shown[-len(RULES) :], strict=True):
-            assert float(cell) == pytest.approx(len(rule.slots) * codec.bytes_per_value, rel=1e-3)
+            if codec.name in STATE_CODECS:
+                assert float(cell) == pytest.approx(len(rule.slots) * codec.bytes_per_value, rel=1e-3)
+            else:
+                assert cell == "-"
+
+
+def test_list_says_what_options_may_name(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _printed(capsys, "list").splitlines()
+    rows = {cells[0]: " ".join(cells[1 : -len(RULES)]) for cells in map(str.split, lines) if cells}
+    options = {"param_codec": PARAM_CODECS, "state_codec": STATE_CODECS}
+    dtypes = {name: codec.planes[0].dtype for name, codec in CODECS.items() if not codec.write_only}
+    for name, dtype in dtypes.items():
+        plain = dtype if CODECS[name].block == 1 and dtype != "uint8" else "float32"
+        weight = torch.nn.Parameter(torch.ones(64, 64, dtype=getattr(torch, plain)))
+        shown = rows[name].split(" ")
+        for option, names in options.items():
+            assert (option.removesuffix("_codec") in [cell.strip(",") for cell in shown]) == (name in names)
+            with nullcontext() if name in names else pytest.raises(ValueError, match=name):
+                fused_optim.AdamW([weight], **{option: name})
+
+
+def test_list_names_the_states_of_every_class_that_plan_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.split(maxsplit=1) for line in _printed(capsys, "list").splitlines()]
+    rows = {cells[0]: cells[-1] for cells in lines}
+    assert set(plan_rules.NAMES) - set(rows) == {"adamw", "adamw_amsgrad"}
+    assert rows["normuon"] == "momentum_buffer, row_second_moment; others: exp_avg, exp_avg_sq"
+    assert rows["adamh"] == "exp_avg, exp_avg_sq, radius; others: exp_avg, exp_avg_sq"
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])

@@ -16,16 +16,23 @@ MODEL = ["--hidden", "64", "--layers", "1", "--heads", "2", "--sequence-length",
 TRAINING = ["--steps", "100", "--eval-every", "100", "--lr", "5e-3", "--device", "cpu", "--compare", "none"]
 
 GAPS = {
+    "fp32+bf16": 0.005,
+    "split8+bf16": 0.005,
     "fp32+int8": 0.005,
     "fp32+int8_companded": 0.005,
     "fp32+fp8": 0.005,
+    "split8+fp8": 0.005,
+    "sr+int8": 0.005,
     "split16": 0.005,
     "split8+int8": 0.005,
     "split8+int8_companded": 0.005,
     "kahan+int8": 0.005,
+    "kahan+int8_companded": 0.005,
     "sr+sr": 0.015,
     "fp32+int4": 0.015,
     "split8+int4": 0.015,
+    "kahan+int4": 0.015,
+    "sr+int4": 0.015,
 }
 """Storage and how much larger than with fp32 everywhere the validation loss may be, relatively."""
 

@@ -117,7 +117,7 @@ def _bucket(rule: str, tensors: list[Tensor], row: list[float]) -> Any:
     """A bucket of one tensor: parameter, states, gradient."""
     codec = {cases.DTYPES[name]: CODECS[name] for name in OF_DTYPE.values()}
     param, *states, grad = tensors
-    columns = [param.numel(), 0, 0, 0, 0, *(tensor.data_ptr() for tensor in tensors)]
+    columns = [param.numel(), 0, 0, 0, 0, 0, *(tensor.data_ptr() for tensor in tensors)]
     return SimpleNamespace(
         rule=RULES[rule],
         param=codec[param.dtype],

@@ -249,6 +249,8 @@ def test_what_does_not_run_here_is_missing(monkeypatch: pytest.MonkeyPatch, fail
 @pytest.mark.usefixtures("packages")
 @pytest.mark.parametrize("name", MUONS)
 def test_every_muon_takes_the_same_first_step(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "torch.optim.Muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has Muon from 2.9 on")
     found = _admit(name, replace(MUONS[name], device=""))
     if name == "gram-newton-schulz":
         reason = "gram-newton-schulz does not run here (No module named 'quack')"
@@ -325,7 +327,8 @@ def test_missing_muons_are_rows_with_reasons(tmp_path: Path, capsys: pytest.Capt
     (case,) = json.loads(out.read_text())["cases"]
     rows = {row["label"]: row for row in case["rows"]}
     assert set(rows) == set(MUONS)
-    assert [label for label, row in rows.items() if row["status"] == "ok"] == list(MUONS)[:2]
+    here = list(MUONS)[: 2 if hasattr(torch.optim, "Muon") else 1]
+    assert [label for label, row in rows.items() if row["status"] == "ok"] == here
     assert rows["gram-newton-schulz torch"]["reason"].startswith("gram-newton-schulz is not installed (")
     printed = " ".join(capsys.readouterr().out.split())
     assert "missing: pytorch-optimizer is not installed" in printed

@@ -103,6 +103,15 @@ def test_sparsity_reaches_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (entry["rule"], entry["bytes"]["master"]) == ("adam", 4 * masked)
 
 
+def test_muon_by_its_readme_row(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rule", "muon", "--storage", "split8+int8", "--no-peers"]
+    assert plan_command.main(["--matrix", "4096x4096", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "muon: momentum_buffer; others: exp_avg, exp_avg_sq" in lines
+    (row,) = (line.split() for line in lines if line.startswith("  split8+int8"))
+    assert row[1:5] == ["2.000", "1.000", "1.016", "4.016"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fused_optim
 from fused_optim import FusedOptimizer
+from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.spec import Rule
 from fused_optim.precision import keep_fp32
 from fused_optim.sparsity import CAST, SRSTE
@@ -70,10 +72,16 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, grad_dtype: torch.
     optimizer.step()
 
 
+_ON_CPU = {"step", "memory_order"}
+
+
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     states = optimizer.state.values()
     return sum(
-        value.nbytes for state in states for key, value in state.items() if key != "step" and _stored(value)
+        value.nbytes
+        for state in states
+        for key, value in state.items()
+        if key not in _ON_CPU and _stored(value)
     )
 
 
@@ -132,6 +140,65 @@ class _Sparse(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.rand(size)))
         self.transposed = nn.Parameter(torch.rand(72, 68).t())
         self.to(dtype)
+
+
+CLASSES: dict[str, Any] = {
+    "muon": partial(fused_optim.Muon, others="adamw"),
+    "normuon": partial(fused_optim.NorMuon, others="adamw"),
+    "muonh": partial(fused_optim.MuonH, others="adamw"),
+    "adamh": fused_optim.AdamH,
+}
+
+
+class _Layers(nn.Module):
+    """What Muon and its relatives tell apart: hidden matrices, stacks, convolutions, and all others."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        sizes = {"proj": (68, 64), "experts": (3, 40, 36), "kernel": (64, 8, 3, 3), "small": (5, 7)}
+        sizes |= {"column": (9, 1), "empty": (0, 4), "norm": (5000,), "scalar": ()}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.rand(size)))
+        self.embed_tokens, self.lm_head = nn.Embedding(70, 64), nn.Linear(64, 70)
+        self.transposed = nn.Parameter(torch.rand(72, 68).t())
+        self.frozen = nn.Parameter(torch.rand(64, 64), requires_grad=False)
+        self.to(dtype)
+
+
+@pytest.mark.parametrize("sparsity", [None, SRSTE()], ids=["dense", "sparse"])
+@pytest.mark.parametrize("how", ["fp32", "split8+int8", "kahan+int4"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_keep_what_is_predicted(name: str, how: str, sparsity: Any) -> None:
+    chosen = Storage.parse(how)
+    model = _Layers(torch.float32 if how == "fp32" else torch.bfloat16)
+    codecs = {"param_codec": chosen.param_codec, "state_codec": chosen.state_codec}
+    trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    optimizer = CLASSES[name](trained, **codecs, sparsity=sparsity, backend="reference")
+    _step(model, optimizer)
+    memory = _predicted(_Layers(), name, chosen, sparsity=sparsity)
+    assert memory.master + memory.states == _state_bytes(optimizer)
+    beside = {"param" + plane.suffix for plane in CODECS[chosen.param_codec].planes[1:]}
+    beside |= {key for state in optimizer.state.values() for key in state if key.startswith("dense")}
+    found = [state[key].nbytes for state in optimizer.state.values() for key in beside & set(state)]
+    assert memory.master == sum(found)
+    shared = {"muon": set(), "normuon": {"row_second_moment"}}.get(name, {"radius"})
+    assert optimizer.state[model.get_parameter("proj")].keys() & {"row_second_moment", "radius"} == shared
+
+
+def test_classes_refuse_what_they_cannot_update() -> None:
+    with pytest.raises(ValueError, match=r"'w'.* has dtype torch.float64; whole matrices"):
+        plan(
+            nn.ParameterDict({"w": torch.ones(8, 8, dtype=torch.float64)}), rules=["muonh"], storages=["auto"]
+        )
+    for rule in (*CLASSES, "adamw_amsgrad"):
+        with pytest.raises(ValueError, match="CAST is for CASTAdamS"):
+            plan({"w": (64, 64)}, rules=[rule], sparsity=CAST(total_steps=9))
+
+
+def test_a_model_that_is_not_trained_keeps_its_weights() -> None:
+    model = nn.Linear(8, 8).requires_grad_(False)
+    for rule in ("adam", *CLASSES):
+        assert _predicted(model, rule, Storage.parse("fp32")) == Memory(288, 0, 0, 0)
 
 
 @pytest.mark.parametrize("how", ["fp32", "split8+int8", "kahan+int4"])

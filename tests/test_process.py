@@ -19,10 +19,10 @@ from tests import cases
 from tests.cases import Target, assert_same_bits, normal
 
 
-def _run(code: str, timeout: float = 120.0) -> str:
+def _run(code: str, *options: str, timeout: float = 120.0) -> str:
     """Standard output of a fresh interpreter outside of the repository."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -103,6 +103,23 @@ def test_one_openmp_runtime_and_forks() -> None:
     assert len(runtimes) == 1 and done == "done", runtimes
     torch_folder = Path(torch.__file__).parents[1]
     assert torch_folder in Path(runtimes[0]).parents or Path(runtimes[0]).name == "libgomp.so.1"
+
+
+def test_steps_without_assertions_equal_torch() -> None:
+    """``python -O`` leaves out assertions, and whatever they call."""
+    code = """
+    import torch, fused_optim
+    for backend in ("native", "reference"):
+        params = [torch.nn.Parameter(torch.ones(300, 5)) for _ in range(2)]
+        ours = fused_optim.AdamW(params[:1], lr=0.1, backend=backend)
+        theirs = torch.optim.AdamW(params[1:], lr=0.1)
+        for step in range(3):
+            for param, optimizer in zip(params, (ours, theirs)):
+                param.grad = torch.linspace(-1, 2 + step, 1500).view(300, 5)
+                optimizer.step()
+        print(__debug__, torch.allclose(*params, rtol=1e-6), params[0].min().item() < 0.8)
+    """
+    assert _run(code, "-O").splitlines() == ["False True True"] * 2
 
 
 def test_optimizers_in_several_threads() -> None:

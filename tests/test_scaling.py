@@ -357,6 +357,22 @@ def test_float64_and_complex_gradients_count_in_the_norm() -> None:
     torch.testing.assert_close(pair.detach(), torch.tensor([-3 - 4j, 0j]) / norm)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_finite_gradients_whose_squares_overflow_float64_are_not_skipped(device: str, clip: Any) -> None:
+    """Clipped they vanish, as in torch, whose norm is infinite; beside one that is infinite they are."""
+    dtypes = (torch.float64, torch.float64, torch.float32)
+    params = [Parameter(torch.zeros(2, dtype=dtype, device=device)) for dtype in dtypes]
+    optimizer = fused_optim.SGD(params, lr=1.0, clip_grad_norm=clip, skip_nonfinite=True)
+    for step, small in enumerate((1.0, INF, NAN, 1.0)):
+        values = (1e200, (1e200 if step < 3 else NAN), small)
+        _set(params, [torch.full_like(p, value) for p, value in zip(params, values, strict=True)])
+        optimizer.step()
+        assert optimizer.skipped_steps == step
+        expected = (1e200, 1e200, 1.0) if clip is None else (0.0, 0.0, 0.0)
+        assert [p[0].item() for p in params] == [-value for value in expected]
+
+
 def test_a_skipped_step_count_does_not_reset() -> None:
     """Momentum after a skip in the middle is the momentum before it."""
     param = Parameter(torch.zeros(1))

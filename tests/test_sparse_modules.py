@@ -14,11 +14,14 @@ from torch.nn.utils import parametrize
 import fused_optim
 from fused_optim.sparsity import (
     MagnitudeMask,
+    OneShot,
     WeightScale,
     check_mask,
     distillation_loss,
     mask_forward,
+    masks_of,
     nm_mask,
+    prune,
     unmask_forward,
 )
 
@@ -60,6 +63,25 @@ def test_masks_follow_weights_and_scales_follow_a_schedule() -> None:
     mask.scale = 0.5
     assert torch.equal(layer.weight, original * torch.where(nm_mask(original, dim=1), 1.0, 0.5))
     assert "2:4, dim=1, scale=0.5" in repr(layer)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("width", [3, 4])
+def test_convolutions_have_the_masks_that_pruning_and_recipes_find(
+    width: int, memory_format: torch.memory_format
+) -> None:
+    layer = nn.Conv2d(8, 4, width).to(memory_format=memory_format)
+    pruned, trained = copy.deepcopy(layer), copy.deepcopy(layer)
+    mask_forward(layer)
+    assert prune(pruned) == ["weight"]
+    optimizer = fused_optim.SGD(trained.named_parameters(), lr=0.0, sparsity=OneShot())
+    trained.weight.grad = torch.zeros_like(trained.weight)
+    optimizer.step()
+    for other in (pruned, trained):
+        assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(masks_of(optimizer)["weight"], layer.weight != 0)
+    alone = MagnitudeMask()(layer.parametrizations.weight.original)
+    assert torch.equal(alone, pruned.weight)
 
 
 @pytest.mark.parametrize("leave", [True, False])

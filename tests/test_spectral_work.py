@@ -217,7 +217,8 @@ def test_benchmark_counts_operations(shape: tuple[int, int, int]) -> None:
             call()
         return counter.get_total_flops()
 
-    assert ceiling.full([X, X]) == 2 * counted(lambda: [newton_schulz_bench._torchs(x) for x in X])
+    if newton_schulz_bench._muon is not None:
+        assert ceiling.full([X, X]) == 2 * counted(lambda: [newton_schulz_bench._torchs(x) for x in X])
     for form in ("auto", "standard", "gram"):
         expected = counted(partial(newton_schulz_bench._ours, X, form))
         assert ceiling.ours([X], newton_schulz_bench.JORDAN, form) == expected

@@ -144,7 +144,7 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     p, s, g = (normal(n, torch.float32, n).to(device) for n in (count, count, step * count))
     g_start = 2 + 3 * column if strided else start
     table = torch.tensor(
-        [numel, 0, 1, 0, 0, p.data_ptr() - 4 * start, s.data_ptr() - 4 * start, 0], device=device
+        [numel, 0, 1, 0, 0, 0, p.data_ptr() - 4 * start, s.data_ptr() - 4 * start, 0], device=device
     )
     table[-1] = g.data_ptr() - 4 * g_start
     layout = [2, *sizes, *(1,) * 6, sizes[1], 1, *(0,) * 6, 1, 3, *(0,) * 6]
@@ -162,8 +162,9 @@ def test_offsets_beyond_32_bits(strided: bool, target: Target) -> None:
     assert_same_bits(s, momentum)
 
 
+@pytest.mark.parametrize("drawn", [0, 2**32 - 2])
 @pytest.mark.parametrize("target", TARGETS)
-def test_random_bits_beyond_32_bit_counters(target: Target) -> None:
+def test_random_bits_beyond_32_bit_counters(target: Target, drawn: int) -> None:
     """The last tile of a tensor of 2**36 + 4133 elements, of which only that tile exists."""
     device, codec = torch.device(target.device), CODECS["bf16_sr"]
     size = launch_shape([codec, FP32]).tile
@@ -175,11 +176,11 @@ def test_random_bits_beyond_32_bit_counters(target: Target) -> None:
     bucket = SimpleNamespace(
         rule=RULES["sgd"], param=codec, states=(), grad=FP32, strided=False, exact=True, device=device,
         cache={}, numels=[37], rows=rows.to(device), layouts=None,
-        table=torch.tensor([numel, 0, 1, 0, 7, *addresses], device=device)[:, None],
+        table=torch.tensor([numel, 0, 1, 0, 7, drawn, *addresses], device=device)[:, None],
         tiles=lambda size: torch.tensor([[0, start // size]], dtype=torch.int32, device=device),
     )  # fmt: skip
     driver.step(bucket)
-    eighth = torch.arange(start // 8, start // 8 + 5)
+    eighth = torch.arange(start // 8, start // 8 + 5) + drawn
     counter = eighth & 0xFFFFFFFF, eighth >> 32, torch.full_like(eighth, 7), torch.zeros_like(eighth)
     words = torch.stack(philox(counter, (2**32 - 5, 3)), 1).flatten()
     random = torch.stack([words & 0xFFFF, words >> 16], 1).flatten()[:37].int()

@@ -75,7 +75,7 @@ def test_groups_follow_the_walk_through_strides(target: Target) -> None:
         rule=rule, param=CODECS["fp32"], states=(MASK,), grad=CODECS["fp32"], strided=True, exact=True,
         device=device, cache={}, numels=[5150],
         table=torch.tensor(
-            [5150, 0, 1, 0, 0, p.data_ptr(), plane.data_ptr(), g.data_ptr()], device=device
+            [5150, 0, 1, 0, 0, 0, p.data_ptr(), plane.data_ptr(), g.data_ptr()], device=device
         )[:, None],
         rows=torch.tensor([[1.0, 1.0, 0.0, 0.0, *k]], device=device),
         layouts=torch.tensor([layout], device=device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -168,17 +169,34 @@ def _read(path: str, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} cannot be read as a safetensors file ({error}); save it again") from error
 
 
-def _check_layer(
-    name: str, values: Tensor, indices: Tensor, n: int, m: int, shape: list[int], dim: int
-) -> None:
-    """Refuses parts that are not those of one weight."""
-    numel = torch.Size(shape).numel()
-    places = -(-values.numel() // 4) if m == 4 else values.numel()
-    fits = 0 <= dim < len(shape) and shape[dim] % m == 0 and values.numel() * m == numel * n
-    if not fits or indices.numel() != places or indices.dtype != torch.uint8:
-        raise ValueError(f"the values and indices of {name!r} are not those of a weight of shape {shape}")
-    if m != 4 and places and int(indices.max()) >= m:
+def _check_layer(name: str, values: Tensor, indices: Tensor, n: int, m: int, shape: Any, dim: Any) -> None:
+    """Refuses parts that are not those of one weight, or not as :func:`compress` makes them."""
+    sizes: list[Any] = shape if isinstance(shape, list) else [None]
+    if (
+        not all(type(size) is int and size >= 0 for size in (*sizes, dim))
+        or dim >= len(sizes)
+        or sizes[dim] % m
+    ):
+        raise ValueError(f"{name!r} cannot have shape {shape!r} and groups of {m} along dimension {dim!r}")
+    expected = math.prod(sizes[:dim] + sizes[dim + 1 :]), sizes[dim] // m * n
+    packed = (-(-values.numel() // 4),) if m == 4 else expected
+    if values.shape != expected or not values.is_floating_point():
+        raise ValueError(
+            f"the values of {name!r} are {tuple(values.shape)} {values.dtype}, not those of a weight of "
+            f"shape {shape} along dimension {dim}, which are {expected} and floating"
+        )
+    if indices.shape != packed or indices.dtype != torch.uint8:
+        raise ValueError(
+            f"the indices of {name!r} are {tuple(indices.shape)} {indices.dtype}, not those of a weight of "
+            f"shape {shape}, which are {packed} and uint8"
+        )
+    places = _places(values, indices, n, m)
+    if m != 4 and bool((places >= m).any()):
         raise ValueError(f"the indices of {name!r} go beyond groups of {m}")
+    if bool((places[:, 1:] <= places[:, :-1]).any()):
+        raise ValueError(
+            f"the indices of {name!r} do not ascend in every group: places come twice or too early"
+        )
 
 
 def compress(w: Tensor, n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +204,7 @@ def compress(w: Tensor, n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
     w = w.detach()
     mask = nm_mask(w, n, m, dim).movedim(dim, -1)
     moved = w.movedim(dim, -1)
-    values = moved[mask].view(-1, moved.shape[-1] // m * n)
+    values = moved[mask].view(moved.shape[:-1].numel(), moved.shape[-1] // m * n)
     places = mask.reshape(-1, m).nonzero()[:, 1].to(torch.uint8)
     if m != 4:
         return values, places.view(values.shape)
@@ -194,14 +212,19 @@ def compress(w: Tensor, n: int, m: int, dim: int) -> tuple[Tensor, Tensor]:
     return values, places[:, 0] | places[:, 1] << 2 | places[:, 2] << 4 | places[:, 3] << 6
 
 
-def expand(values: Tensor, indices: Tensor, n: int, m: int, shape: list[int], dim: int) -> Tensor:
-    """The dense weight of :func:`compress`."""
+def _places(values: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    """The place of every value in its group, ``[groups, n]``."""
     if m == 4:
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=indices.device)
         indices = (indices.unsqueeze(1) >> shifts & 3).flatten()[: values.numel()]
+    return indices.reshape(-1, n)
+
+
+def expand(values: Tensor, indices: Tensor, n: int, m: int, shape: list[int], dim: int) -> Tensor:
+    """The dense weight of :func:`compress`."""
     size = torch.Size(shape)
     dense = torch.zeros(size.numel() // m, m, dtype=values.dtype, device=values.device)
-    dense.scatter_(1, indices.reshape(-1, n).long(), values.reshape(-1, n))
+    dense.scatter_(1, _places(values, indices, n, m).long(), values.reshape(-1, n))
     moved = [*size[:dim], *size[dim + 1 :], size[dim]]
     return dense.view(moved).movedim(-1, dim).contiguous()
 

@@ -13,7 +13,8 @@ from ..kernels.finders import Finder
 from ..master import full_precision
 from ..optimizer import FusedOptimizer
 from ..recipe import Sparsity
-from ..storage import local_view, spread, sum_of_ranks
+from ..shards import spread, sum_of_ranks
+from ..storage import local_view
 from .masks import count_flips, pack_mask
 from .state import unique_names, why_dense
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..recipe import check_pattern
+from ..recipe import check_pattern, input_dim
 from .masks import check_groups, nm_mask
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -35,7 +35,8 @@ class MagnitudeMask(nn.Module):
     Args:
         n: weights that are kept of each group.
         m: weights of a group.
-        dim: the dimension along which groups lie.
+        dim: the dimension along which groups lie; by default that of a layer's inputs, the second of
+            convolutions and the last of everything else, as for :func:`prune` and recipes.
         scale: what remains of pruned weights, from 0 to 1.
 
     Example:
@@ -45,7 +46,7 @@ class MagnitudeMask(nn.Module):
         tensor([ 4.0000, -3.0000,  1.0000,  0.5000])
     """
 
-    def __init__(self, n: int = 2, m: int = 4, dim: int = -1, scale: float = 0.0) -> None:
+    def __init__(self, n: int = 2, m: int = 4, dim: int | None = None, scale: float = 0.0) -> None:
         super().__init__()
         check_pattern(n, m)
         given: Any = scale
@@ -59,7 +60,8 @@ class MagnitudeMask(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         """The masked weight."""
-        return cast(Tensor, _Masked.apply(w, self.n, self.m, self.dim, self.scale))
+        dim = input_dim(w) if self.dim is None else self.dim
+        return cast(Tensor, _Masked.apply(w, self.n, self.m, dim, self.scale))
 
     def right_inverse(self, w: Tensor) -> Tensor:
         """What is assigned to the layer's weight becomes the dense one."""
@@ -71,7 +73,12 @@ class MagnitudeMask(nn.Module):
 
 
 def mask_forward(
-    module: nn.Module, name: str = "weight", n: int = 2, m: int = 4, dim: int = -1, scale: float = 0.0
+    module: nn.Module,
+    name: str = "weight",
+    n: int = 2,
+    m: int = 4,
+    dim: int | None = None,
+    scale: float = 0.0,
 ) -> MagnitudeMask:
     """Lets a module compute with the masked weight while the dense one is trained, by any optimizer.
 
@@ -85,7 +92,8 @@ def mask_forward(
         name: of its weight.
         n: weights that are kept of each group.
         m: weights of a group, at most 32.
-        dim: the dimension along which groups lie: -1 for the inputs of ``Linear``, 1 for those of ``Conv2d``.
+        dim: the dimension along which groups lie; by default that of a layer's inputs, the second of
+            convolutions and the last of everything else, as for :func:`prune` and recipes.
         scale: what remains of pruned weights; MdGf lets it fall from 1 to 0 in the course of training.
 
     Returns:
@@ -111,8 +119,10 @@ def mask_forward(
         Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, arXiv
         2102.04010; Bambhaniya et al., Progressive Gradient Flow, arXiv 2402.04744 (``scale``).
     """
+    weight = _parameter(module, name)
+    dim = input_dim(weight) if dim is None else dim
     mask = MagnitudeMask(n, m, dim, scale)
-    check_groups(_parameter(module, name), n, m, dim)
+    check_groups(weight, n, m, dim)
     if any(isinstance(other, MagnitudeMask) for other in _parametrizations(module, name)):
         raise ValueError(f"{name} of {type(module).__name__} is masked already; call unmask_forward first")
     parametrize.register_parametrization(module, name, mask)

@@ -13,11 +13,13 @@ from torch.nn.parameter import UninitializedParameter
 from .. import masking
 from .. import storage as stored
 from ..kernels.codecs import CODECS
+from ..kernels.rules import RULES
 from ..kernels.spec import Plane, Rule
 from ..precision import KeepFp32
 from ..recipe import Sparsity
 from .model import DTYPES
 from .peers import Peer
+from .plan_rules import RuleOf, find_rule, rules_of_class
 from .storages import Memory, Storage
 
 _MOST = 1 << 59
@@ -83,20 +85,22 @@ class Counter:
         self.converted: dict[torch.dtype | None, dict[str, Tensor]] = {}
         self.sizes: dict[tuple[Any, ...], int] = {}
 
-    def count(self, rule: Rule, storage: Storage) -> Memory:
-        """The bytes of the whole model."""
+    def count(self, rule: str, storage: Storage) -> Memory:
+        """The bytes of the whole model under a rule or a class of this name."""
         group = {
             "param_codec": storage.param_codec,
             "state_codec": storage.state_codec,
             "keep_fp32": self.keep_fp32,
         }
         weights = master = gradients = states = 0
-        for name, param in self._in_dtype_of(storage).items():
+        params = self._in_dtype_of(storage)
+        rule_of = self._rules(rule, params)
+        for name, param in params.items():
             weights += param.nbytes
             if not param.requires_grad:
                 continue
             gradients += self._gradient(name, param)
-            own_rule = self._masked(rule, name, param) or rule
+            own_rule = rule_of(name)
             codec, codecs = stored.codecs(name, name, param, group, own_rule)
             beside = {"param" + plane.suffix for plane in codec.planes[1:]}
             for key, plane in stored.planes_of(codec, own_rule, codecs).items():
@@ -104,18 +108,26 @@ class Counter:
                 beside |= {key} if key.partition(".")[0] == "dense" else set()
                 master += nbytes * (key in beside)
                 states += nbytes * (key not in beside)
+            states += sum(4 * math.prod(per.shape(tuple(param.shape))) for _, per in own_rule.shared)
         return Memory(weights, master, gradients, states)
 
-    def masked(self, rule: Rule) -> list[Tensor]:
-        """The parameters that have masks."""
+    def masked(self) -> list[Tensor]:
+        """The parameters that have masks, whatever the rule."""
         trained = [(name, param) for name, param in self.params.items() if param.requires_grad]
-        return [param for name, param in trained if self._masked(rule, name, param)]
+        return [param for name, param in trained if self._masked(RULES["adam"], name, param).inner]
 
-    def _masked(self, rule: Rule, name: str, param: Tensor) -> Rule | None:
-        """A rule with a parameter's mask; None if it is dense."""
+    def _rules(self, name: str, params: Mapping[str, Tensor]) -> RuleOf:
+        rule = find_rule(name)
+        if rule is not None:
+            return lambda own_name: self._masked(rule, own_name, params[own_name])
+        trained = [(own_name, param) for own_name, param in params.items() if param.requires_grad]
+        return rules_of_class(name, trained, self.sparsity)
+
+    def _masked(self, rule: Rule, name: str, param: Tensor) -> Rule:
+        """A rule, with a parameter's mask if it has one."""
         if self.sparsity is None:
-            return None
-        return masking.find(self.sparsity, rule, name, name, param, {})[0]
+            return rule
+        return masking.find(self.sparsity, rule, name, name, param, {})[0] or rule
 
     def _in_dtype_of(self, storage: Storage) -> dict[str, Tensor]:
         codec = None if storage.param_codec == "auto" else CODECS[storage.param_codec]

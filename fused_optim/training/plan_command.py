@@ -20,6 +20,7 @@ from .config import Parser, resolve
 from .data import UsageError
 from .model import DTYPES
 from .plan_report import as_json
+from .plan_rules import NAMES
 from .planner import DEFAULT_RULES, DEFAULT_STORAGES, plan
 from .presets import PRESETS
 from .sparse import RECIPES, build_recipe
@@ -62,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rule",
         action="append",
         metavar="NAME",
-        help=f"repeatable; default: {' '.join(DEFAULT_RULES)}, {DEFAULT_RULES[0]} with --sparsity",
+        help=f"{', '.join(NAMES)}; repeatable; default: {' '.join(DEFAULT_RULES)}, {DEFAULT_RULES[0]} with "
+        "--sparsity. Muon and its relatives leave embeddings, heads and vectors to AdamW",
     )
     add(
         "--storage",

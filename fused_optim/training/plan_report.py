@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from .peers import PEERS
-from .planner import CARDS, Entry, Plan, find_rule
+from .plan_rules import states_of
+from .planner import CARDS, Entry, Plan
 from .storages import PARTS, Memory
 
 PEERS_TITLE = "AdamW of other libraries"
@@ -35,8 +36,7 @@ def sections(plan: Plan) -> dict[str, list[Entry]]:
     for entry in plan.entries:
         title = PEERS_TITLE
         if entry.rule is not None:
-            names = ", ".join(slot.name for slot in find_rule(entry.rule).slots)
-            title = f"{entry.rule}: {names or 'no states'}"
+            title = f"{entry.rule}: {states_of(entry.rule)}"
         out.setdefault(title, []).append(entry)
     return out
 

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..kernels.rules import RULES
-from ..kernels.spec import Rule
 from ..precision import SMALL, KeepFp32, check_keep_fp32
 from ..recipe import Sparsity
 from ..recipes import CAST
@@ -17,6 +16,7 @@ from ..sparsity.state import NOT_MEANT, why_dense
 from .counter import Counter, count_peer, parameters_of
 from .model import DTYPES
 from .peers import PEERS
+from .plan_rules import NAMES, find_rule
 from .storages import SHARDS, Memory, Storage
 
 Shapes: TypeAlias = "Mapping[str, Sequence[int]]"
@@ -39,15 +39,13 @@ DEFAULT_STORAGES = (
     "sr+int4",
 )
 
-_RULE_OF_CLASS = {"adamw": "adam", "adamw_amsgrad": "adam_amsgrad"}
-
 
 @dataclass(frozen=True)
 class Entry:
     """One way to train the model.
 
     Attributes:
-        rule: the rule, or None for another library.
+        rule: the rule or the class, or None for another library.
         storage: the storage, or the other library's optimizer.
         memory: of the whole model.
         on_each: of one GPU.
@@ -116,13 +114,14 @@ def plan(
     """The memory that training a model takes, under every rule and storage.
 
     Nothing is allocated: a module on the ``meta`` device will do. State bytes are those of every
-    tensor in ``optimizer.state`` after the first step, but for the step counts (4 bytes on the CPU for
-    each parameter).
+    tensor in ``optimizer.state`` after the first step, but for step counts and orders of dimensions (a few
+    bytes on the CPU for each parameter).
 
     Args:
         model: a module, whose parameters count as they are (frozen ones have neither gradients nor
             states), or the shapes of its parameters by name, then in fp32 under storage ``auto``.
-        rules: names of rules (``python -m fused_optim list``).
+        rules: names of rules and classes (``python -m fused_optim list``). ``muon``, ``normuon`` and
+            ``muonh`` have ``others="adamw"`` for whatever is no hidden matrix by its name and shape.
         storages: as :meth:`Storage.parse` takes them, or ``Storage`` objects.
         grad_dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``; None for each parameter's own dtype.
         gpus: GPUs that train together.
@@ -152,7 +151,7 @@ def plan(
     if not sum(numels):
         raise ValueError("the model has no parameters; pass one that has, or the shapes of its parameters")
     counter = Counter(params, grad_dtype, keep_fp32, sparsity)
-    found = [(rule, item.name, counter.count(find_rule(rule), item)) for rule in rules for item in wanted]
+    found = [(rule, item.name, counter.count(rule, item)) for rule in rules for item in wanted]
     theirs = [(None, key, count_peer(params, peer)) for key, peer in PEERS.items()] if peers else []
     entries = [
         Entry(rule, item, memory, memory.on_each(gpus, shard)) for rule, item, memory in [*found, *theirs]
@@ -162,17 +161,12 @@ def plan(
     return Plan(label, sum(numels), len(numels), gpus, shard, tuple(entries), tuple(notes))
 
 
-def find_rule(name: str) -> Rule:
-    """The rule of this name, or of a class's name in lower case."""
-    return RULES[_RULE_OF_CLASS.get(name, name)]
-
-
 def _check(
     rules: Sequence[str], grad_dtype: str | None, gpus: int, shard: str, keep_fp32: Any, sparsity: Any
 ) -> None:
     for given in rules:
-        if given not in RULES and given not in _RULE_OF_CLASS:
-            raise ValueError(f"rule {given!r} is unknown; allowed: {', '.join([*RULES, *_RULE_OF_CLASS])}")
+        if given not in NAMES:
+            raise ValueError(f"rule {given!r} is unknown; allowed: {', '.join(NAMES)}")
     if grad_dtype is not None and grad_dtype not in DTYPES:
         raise ValueError(f"grad_dtype={grad_dtype!r} is unknown; allowed: None, {', '.join(DTYPES)}")
     if isinstance(gpus, bool) or not isinstance(gpus, int):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -184,7 +178,7 @@ def _check(
     check_keep_fp32(keep_fp32)
     if not isinstance(sparsity, Sparsity | None):
         raise TypeError(f"sparsity must be a recipe of fused_optim.sparsity or None, got {sparsity!r}")
-    if isinstance(sparsity, CAST) and any(find_rule(given).name != "adam" for given in rules):
+    if isinstance(sparsity, CAST) and any(find_rule(given) != RULES["adam"] for given in rules):
         raise ValueError("CAST is for CASTAdamS, which keeps what 'adam' keeps; give that rule alone")
 
 
@@ -192,7 +186,7 @@ def _notes_on_masks(counter: Counter, parameters: int, peers: bool) -> list[str]
     recipe = counter.sparsity
     if recipe is None:
         return []
-    masked = counter.masked(RULES["adam"])
+    masked = counter.masked()
     if not masked:
         reasons = {name: why_dense(recipe, name, param) for name, param in counter.params.items()}
         found = [f"{name}: {why or 'it is frozen'}" for name, why in reasons.items() if why != NOT_MEANT]

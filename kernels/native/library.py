@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-ABI = 5
+ABI = 6
 """Equals ``ABI`` in csrc/table.h."""
 
 WORK = ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int

@@ -50,15 +50,23 @@ def step(bucket: Launch) -> None:
         g = flat(bucket.grads[index], param, order).reshape(-1).to(p.dtype)
         p, s = rule(p, g * g_scale, tuple(s), k)
         for slot, (codec, planes, x) in enumerate(zip(codecs, homes, (p, *s), strict=True)):
-            stream = Stream(seed, step_number, bucket.ordinals[index], slot)
+            stream = Stream(seed, step_number, bucket.ordinals[index], slot, bucket.drawn[index])
             for plane, value in zip(planes, codec.encode(x, stream), strict=True):
                 value = value.view(plane.shape)
                 plane.copy_(value if param.device.type == "cpu" else torch.where(active != 0, value, plane))
 
 
 def square_sum(bucket: Launch) -> Tensor:
-    """Sum of the squares of all gradients in float64: finite exactly when every gradient is."""
+    """Sum of the squares of all gradients in float64: below infinity exactly when every gradient is finite.
+
+    It is -inf where gradients in float64 are finite and the sum is too large: such sums add up to -inf, and
+    with the +inf of another launch's gradients to NaN.
+    """
     total = torch.zeros((), dtype=torch.float64, device=bucket.device)
     for grad in bucket.grads:
         total += grad.double().square().sum()
-    return total
+    # Only on a CPU does the host know; the gradients are then not read again.
+    if bucket.grad.compute != "float64" or (bucket.device.type == "cpu" and total.isfinite()):
+        return total
+    finite = torch.stack([grad.isfinite().all() for grad in bucket.grads]).all()
+    return torch.where(finite & total.isinf(), -total, total)

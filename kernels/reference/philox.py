@@ -13,12 +13,16 @@ _MASK = 0xFFFFFFFF
 
 
 class Stream(NamedTuple):
-    """Whose random bits: the group's seed, the parameter's step and index, and 0 for itself or 1 + slot."""
+    """Whose random bits: the group's seed, the parameter's step and index, and 0 for itself or 1 + slot.
+
+    ``drawn`` counters belong to shards before this one.
+    """
 
     seed: int
     step: int
     ordinal: int
     slot: int
+    drawn: int = 0
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +46,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
 
 def random_16_bits(stream: Stream, numel: int, device: torch.device) -> Tensor:
     """16 random bits (as int64) for each element of a tensor: eight elements share a counter."""
-    eighth = torch.arange(-(-numel // 8), device=device)
+    eighth = torch.arange(stream.drawn, stream.drawn - (-numel // 8), device=device)
     constant = torch.full_like(eighth, stream.ordinal), torch.full_like(eighth, stream.slot)
     words = philox((eighth & _MASK, eighth >> 32, *constant), (stream.seed, stream.step))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import composition, stacked
 from .composition import ROUNDING
 from .matrices import add_identity, frobenius, per_matrix, reciprocal, restore, wide
-from .norm import start
+from .norm import largest_bound
 from .products import gram
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 5e-4}
@@ -28,7 +28,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, t
 _LOOSE = 2.0**10
 # Below this share of the norm singular values are rounding; d may stay there.
 _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
-_POWER_STEPS = 7
 # Fourth powers of norms between 2^-24 and 2^24 stay in the range of float32, also spread over a matrix.
 _NORMAL = 24
 _MOST = {torch.float32: 2.0**126, torch.float64: 2.0**1022}
@@ -121,25 +120,13 @@ def _fine_product(Q: Tensor, X: Tensor) -> Tensor:
     return torch.baddbmm(torch.bmm(low, X), high, X)
 
 
-def _largest(G: Tensor) -> Tensor:
-    """[batch, 1, 1] of the largest eigenvalues or a little more, by power iteration; never above a norm."""
-    bound = torch.linalg.vector_norm(G, dim=(-2, -1), keepdim=True)
-    scaled = G / bound.clamp(min=1e-30)
-    v = torch.bmm(scaled, start(G.shape[-1], G).expand(G.shape[0], -1, -1))
-    for _ in range(_POWER_STEPS - 1):
-        v = torch.bmm(scaled, v)
-    grown = torch.linalg.vector_norm(torch.bmm(scaled, v), dim=-2, keepdim=True)
-    share = 1.25 * grown / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp(min=1e-37)
-    return (bound * share.clamp(max=1)).double()
-
-
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:
     """Soft clipping where looking at ratios costs nothing: matrices with similar ones are done together.
 
     What is chosen for a matrix depends on its own ratio alone.
     """
     G = _fine_gram(given.U)
-    squares = (_largest(G) / given.d**2).flatten().tolist()
+    squares = (largest_bound(G) / given.d**2).flatten().tolist()
     groups: dict[int, list[int]] = {}
     for index, square in enumerate(squares):
         step = max(math.ceil(2 * math.log2(1 + square)), 1) if square > tolerance else 0

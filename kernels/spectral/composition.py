@@ -153,6 +153,16 @@ def _evaluate(R: Tensor, ending: Power) -> Tensor:
     return total
 
 
+def _multiply(P: Tensor, Q: Tensor) -> Tensor:
+    """``P Q`` with Q's mean set apart, which overwrites Q.
+
+    What Q does to the largest singular values cancels on the diagonal to 1/ratio of it: for matrices of rank
+    one and 512 rows at a ratio of 300 the result is off by 7e-5 this way, and by 1.1e-4 without.
+    """
+    mean = Q.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
+    return torch.baddbmm(P * mean, P, add_identity(Q, -mean))
+
+
 def inverse_root(S: Tensor, ratio: float, tolerance: float, lowest: torch.dtype = torch.float32) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1.
 
@@ -171,6 +181,6 @@ def inverse_root(S: Tensor, ratio: float, tolerance: float, lowest: torch.dtype 
         change = products.polynomial(B, C**2 * w * (w - 2 * t), -(C**2) * w**2 * t)
         R = lowered(add_identity(change.add_(R, alpha=C**2), 2 * w * C**2))
         factor = lowered(add_identity(B.mul_(C * w), C))
-        Q = factor if Q is None else torch.bmm(factor, Q.to(factor.dtype))
+        Q = factor if Q is None else _multiply(factor, Q.to(factor.dtype))
     P = rational.inverse_root(R, ratio, tolerance) if chosen.power is None else _evaluate(R, chosen.power)
-    return P if Q is None else torch.bmm(P, Q)
+    return P if Q is None else _multiply(P, Q)

@@ -5,14 +5,27 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from .matrices import frobenius, reciprocal, wide
-from .products import gram, polynomial
+from .matrices import add_identity, frobenius, reciprocal, wide
+from .products import gram, multiplies_bfloat16, polynomial
 
 _SQUARINGS = 30
+# Squares of a centred Gram matrix. For a Gaussian X of 1024 x 1024 one leaves a bound of 1.45 times its norm,
+# two 1.17, three 1.08; in bfloat16 three take 11 ms, in float32 two 20 ms (two cores, November 2026).
+_CENTRED = {torch.bfloat16: 3, torch.float32: 2}
+# Rows from which iterates that may save squares take less time, as do squares in bfloat16 on CPUs for it.
+_GUESSED_FROM = 256
+_GUESSES = 5
+# Of eigenvalues, up to which another square takes longer than what a ratio nearer by its root saves.
+_NEAR = 2.6
+# What a product rounds off, relative to Frobenius norms: float32 sums of some thousand terms are far below.
+_ROUNDED = 1e-4
+_TINY = 1e-30
+_UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-18}
 
 
 def start(size: int, like: Tensor) -> Tensor:
@@ -71,6 +84,46 @@ def bound(X: Tensor, squarings: int = 2) -> Tensor:
             A = polynomial(A * reciprocal(size, A.dtype), 0, 1)
     # Rounding may lower a bound that is reached.
     return (logarithm / 2).exp().flatten() * (1 + 8 * torch.finfo(X.dtype).eps * X.shape[-1] ** 0.5)
+
+
+def _from_below(C: Tensor) -> Tensor:
+    """[batch, 1, 1] of growths by ``I + C`` along the iterates of a fixed start."""
+    before = start(C.shape[-1], C).expand(C.shape[0], -1, -1)
+    for _ in range(_GUESSES - 1):
+        before = before + torch.bmm(C, before)
+    after = before + torch.bmm(C, before)
+    lengths = [torch.linalg.vector_norm(v, dim=-2, keepdim=True).double() for v in (after, before)]
+    return lengths[0] / lengths[1]
+
+
+def largest_bound(G: Tensor) -> Tensor:
+    """[batch, 1, 1] of upper bounds of the largest eigenvalues of semidefinite [batch, m, m], on a CPU.
+
+    ``mean + ‖(G - mean I)^k‖^(1/k)`` in the Frobenius norm, k up to 4 or 8, and what the products round off.
+    Power iteration says only when a bound is near enough: it misses what is orthogonal to its start.
+    """
+    m = G.shape[-1]
+    work = torch.bfloat16 if m >= _GUESSED_FROM and multiplies_bfloat16() else torch.float32
+    mean, unit = G.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1, 1, 1), _UNIT[work]
+    C = add_identity((G / mean.clamp(min=_TINY)).float(), -1.0)
+    near = _NEAR * _from_below(C) if m >= _GUESSED_FROM else None
+    sizes: list[Tensor] = []
+    found = torch.full_like(mean, math.inf, dtype=torch.float64)
+    for left in reversed(range(_CENTRED[work] + 1)):
+        size = torch.linalg.vector_norm(C, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+        top = size.double() * (1 + unit)
+        for before in reversed(sizes):
+            # The root of the norm of a square, and what was rounded before it was squared.
+            top = before * (top.sqrt() + 2 * unit)
+        sizes.append(size.double())
+        # Every matrix has the first bound that is near enough, whatever others need.
+        found = 1 + top if near is None else torch.where(found <= near, found, 1 + top)
+        if not left or (near is not None and bool((found <= near).all())):
+            break
+        C = (C / size.clamp(min=_TINY)).to(work)
+        # Symmetric but for rounding: a transposed operand would take twice the time.
+        C = torch.bmm(C, C) if work is torch.bfloat16 else polynomial(C, 0, 1)
+    return mean.double() * found * (1 + _ROUNDED)
 
 
 def spectral_norm(X: Tensor, steps: int, upper: bool) -> Tensor:

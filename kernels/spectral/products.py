@@ -32,6 +32,12 @@ def has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 numbers faster than float32; not if torch cannot say."""
+    return has_amx() or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
 def _in_tiles(dtype: torch.dtype) -> bool:
     return dtype.itemsize < 4 and has_amx()
 

@@ -7,8 +7,32 @@ from typing import NamedTuple
 
 from ..spec import Codec, Rule, bytes_moved
 
-LANE_INSTRUCTIONS_PER_BYTE = 6.9
-"""What an H200 issues (132 SMs x 4 x 32 lanes x 1.75 GHz) while it copies one byte at 4.3 TB/s."""
+
+class Gpu(NamedTuple):
+    """Multiprocessors, their clock under load in GHz, and the memory's TB/s by the data sheet."""
+
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+
+
+GPUS = {80: Gpu(108, 1.41, 2.04), 90: Gpu(132, 1.75, 4.8), 100: Gpu(148, 1.85, 8.0)}
+"""A100 (SXM, 80 GB), H200 and B200 by capability. Data sheets give 1.98 GHz of the last two, at most."""
+
+COPIED_SHARE = 4.3 / 4.8
+"""Of the bandwidth that a copy reaches, read and written bytes together: an H200's, assumed of all."""
+
+
+def instructions_per_byte(capability: int = 90) -> float:
+    """What a GPU issues while it copies one byte: 32 lanes of four schedulers a multiprocessor and clock.
+
+    To a tenth, as clocks are not known better: A100 10.7, H200 6.9, B200 4.9; others count as an H200. A100s
+    multiply and add fp32 at half that rate, which is not in it.
+    """
+    gpu = GPUS.get(capability, GPUS[90])
+    issued = gpu.multiprocessors * 4 * 32 * gpu.clock * 1e9
+    return round(issued / (gpu.bandwidth * 1e12 * COPIED_SHARE), 1)
+
 
 USABLE_SHARE = 0.6
 """Of the issue slots: loads stall, and never all slots are used."""
@@ -52,6 +76,37 @@ def launch_shape(codecs: Sequence[Codec]) -> Shape:
     return Shape(4096 if narrow else 2048, chunk, 128 // widest, warps=4)
 
 
+def register_bound(rule: Rule, codecs: Sequence[Codec], exact: bool, capability: int) -> int | None:
+    """Registers that a thread may have at most; None leaves it to ptxas, because most would only grow.
+
+    Left alone, it keeps some kernels to 72, 96 or 128 and spills 8 to 24 bytes (Triton 3.7 and 3.9).
+    """
+    blocks = sum(codec.block > 1 for codec in codecs)
+    if rule.inner is not None or blocks == 0:
+        return None
+    if capability >= 100:
+        if blocks == 1:
+            return ONE_STATE_BOUNDS.get((rule.name, codecs[0].name, codecs[1].name, exact))
+        cost = sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in codecs)
+        # 4-bit states; in exact arithmetic also 8-bit ones beside a correction of the parameter.
+        if blocks == 2 and exact and cost > 60:
+            return 168
+        if blocks == 3 and not exact and cost > 100:
+            return 128
+    if not exact or blocks == 1:
+        return None
+    return 128 if blocks == 2 else 208
+
+
+ONE_STATE_BOUNDS = {
+    ("sgd_momentum", "bf16_split8", "int8_companded", False): 72,
+    ("sgd_momentum", "bf16_sr", "int8", False): 80,
+    ("sgd_momentum", "bf16_sr", "int4", False): 96,
+    ("sgd_momentum", "bf16", "fp8", False): 96,
+    ("sgd_momentum", "bf16", "fp8", True): 128,
+}
+"""By rule, parameter, state and exactness, from sm_100 on. A bound would harm kernels that seem alike."""
+
 TILES_OF_A_PROGRAM = 8
 """At most, where so many programs are left that the last ones to end do not matter."""
 
@@ -68,11 +123,12 @@ def span(elements: int, tile: int) -> int:
 def auto_exact(rule: Rule, param: Codec, grad: Codec, states: tuple[Codec, ...]) -> bool:
     """Whether exact arithmetic fits into the time that memory takes: what ``arithmetic="auto"`` means.
 
-    A rule that nobody has counted yet is taken to cost as much as the dearest.
+    A rule that nobody has counted yet is taken to cost as much as the dearest. An H200's budget decides for
+    every GPU: what a step computes does not depend on where a run goes on.
     """
     inner = rule.inner or rule
     instructions = EXACT_INSTRUCTIONS.get(inner.name, max(EXACT_INSTRUCTIONS.values()))
     instructions += 0 if inner is rule else MASK_INSTRUCTIONS[rule.group]
     instructions += sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in (param, *states))
-    budget = LANE_INSTRUCTIONS_PER_BYTE * sum(bytes_moved(rule, param, grad, states))
+    budget = instructions_per_byte() * sum(bytes_moved(rule, param, grad, states))
     return instructions <= USABLE_SHARE * budget

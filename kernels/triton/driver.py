@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..masking import keeps_dense
 from ..rules import CAST_ADAM
-from .budget import launch_shape, span
+from .budget import launch_shape, register_bound, span
 
 if TYPE_CHECKING:
     from ..launch import Launch
@@ -48,7 +48,10 @@ def unavailable(device_type: str) -> str | None:
     if torch.version.hip is not None:
         return "the Triton kernels are for NVIDIA GPUs and this torch is built for ROCm"
     if not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
+        return (
+            "no CUDA device that torch can see; install a CUDA build of torch and a driver, and see that "
+            "CUDA_VISIBLE_DEVICES does not hide the GPU"
+        )
     return None
 
 
@@ -133,10 +136,9 @@ def step_constants(
     constants, options = _shared_constants(codecs, strided)
     sources = _sources(*function, *(part for codec in in_registers for part in codec))
     constants |= {"RULE": function, "SCALARS": len(rule.scalars), "CODECS": in_registers}
-    blocks = sum(codec.block > 1 for codec in codecs)
-    if exact and blocks > 1 and rule.inner is None and not strided:
-        # Left alone, ptxas keeps to 128 and spills 8 to 16 bytes of some. Smaller kernels would only grow.
-        options["maxnreg"] = 128 if blocks < 3 else 208
+    bound = register_bound(rule, codecs, exact, capability)
+    if bound is not None and not strided:
+        options["maxnreg"] = bound
     return constants | {"SOURCES": sources, "EXACT": exact}, options | {"enable_fp_fusion": not exact}
 
 

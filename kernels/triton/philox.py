@@ -26,14 +26,15 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def random_16_bits(place, stream, SPREAD: tl.constexpr):
-    """16 random bits (uint32) for each element; ``stream`` is ``(slot, (seed, step, ordinal))``."""
+    """16 random bits (uint32) for each element; ``stream`` is ``(slot, (seed, step, ordinal, drawn))``."""
     slot, whose = stream
-    seed, step, ordinal = whose
+    seed, step, ordinal, drawn = whose
     SIZE: tl.constexpr = place[1].shape[0]
     VECTOR: tl.constexpr = SPREAD[0]
-    # A tile starts at a multiple of its size, so nothing is carried into the upper word.
-    eighth = (place[0] >> 3).to(tl.uint32) + offsets(SIZE // 8, 4 * VECTOR, SPREAD[1]).to(tl.uint32)
-    upper = (place[0] >> 35).to(tl.uint32)
+    first = (place[0] >> 3).to(tl.uint64) + drawn
+    low = first.to(tl.uint32)
+    eighth = tl.add(low, offsets(SIZE // 8, 4 * VECTOR, SPREAD[1]).to(tl.uint32), sanitize_overflow=False)
+    upper = (first >> 32).to(tl.uint32) + (eighth < low).to(tl.uint32)
     w0, w1, w2, w3 = _philox(eighth, upper, ordinal, slot, seed, step)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(SIZE // 2)
     return tl.join(words & 0xFFFF, words >> 16).reshape(SIZE)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .tile import offsets
 
-HEADER = tl.constexpr(5)
+HEADER = tl.constexpr(6)
 ROW_HEADER = tl.constexpr(4)
 MAX_DIMS = tl.constexpr(8)
 # These vary from bucket to bucket, and nothing is gained from compiling for one of them.
@@ -75,10 +75,11 @@ def _chunk(layouts, table, n, start, count, CHUNK: tl.constexpr, WARPS: tl.const
 
 @triton.jit
 def _stream(row, table, n):
-    """Seed, step and ordinal: whose random bits. Not loaded if no codec asks for any."""
+    """Seed, step, ordinal, counters drawn before: whose random bits. Not loaded if no codec asks for any."""
     words = (row + 2).to(tl.pointer_type(tl.int32))
     ordinal = tl.load(table + 4 * n).to(tl.uint32)
-    return tl.load(words).to(tl.uint32), tl.load(words + 1).to(tl.uint32), ordinal
+    drawn = tl.load(table + 5 * n).to(tl.uint64)
+    return tl.load(words).to(tl.uint32), tl.load(words + 1).to(tl.uint32), ordinal, drawn
 
 
 @triton.jit

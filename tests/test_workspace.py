@@ -1,0 +1,75 @@
+"""The memory of whole matrices stays below ``workspace_bytes``, however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fused_optim
+from fused_optim.spectral import Hypersphere, SpectralClip
+
+WORKSPACE = 4 << 20
+CLIPS = {f"post_{post}": partial(SpectralClip, post=post) for post in (0.03, 0.1, 1.0, 10.0)}
+CLIPS["both"] = partial(SpectralClip, post=1.0, pre=1.0)
+MAKERS: dict[str, Callable[..., Any]] = {
+    **{
+        name: lambda params, clip=clip: fused_optim.SGD(params, spectral=clip(workspace_bytes=WORKSPACE))
+        for name, clip in CLIPS.items()
+    },
+    "sphere": lambda params: fused_optim.AdamW(params, spectral=Hypersphere(workspace_bytes=WORKSPACE)),
+    "muon": partial(fused_optim.Muon, workspace_bytes=WORKSPACE),
+    "normuon": partial(fused_optim.NorMuon, workspace_bytes=WORKSPACE),
+    "muonh": partial(fused_optim.MuonH, workspace_bytes=WORKSPACE),
+}
+SHAPES = ((16, 16), (128, 128), (192, 192), (64, 512), (512, 64), (8, 32, 32), (32, 16, 3, 3))
+
+
+class MostMemory(TorchDispatchMode):
+    """The most bytes that tensors made in it have at a time; not what is allocated behind torch's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._made: dict[Any, tuple[StorageWeakRef, int]] = {}
+        self._given: dict[Any, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                if ref.cdata not in self._made:
+                    self._given[ref.cdata] = ref
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                if ref.cdata not in self._given:
+                    self._made[ref.cdata] = ref, tensor.untyped_storage().nbytes()
+        self._made = {key: value for key, value in self._made.items() if not value[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._made.values()))
+        return out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_workspace_holds_what_matrices_need(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    count = 4 * WORKSPACE // (4 * torch.Size(shape).numel())
+    assert count > 4
+    params = [Parameter(torch.randn(shape)) for _ in range(min(count, 64))]
+    for param in params:
+        param.grad = torch.randn(shape)
+    optimizer = make(params)
+    optimizer.step()
+    with MostMemory() as memory:
+        optimizer.step()
+    alone = 100 * torch.Size(shape).numel()
+    assert 0 < memory.most <= max(WORKSPACE, alone)

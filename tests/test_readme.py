@@ -137,7 +137,7 @@ def test_whole_matrices() -> None:
     values = (ours["of_matmul"], theirs["of_matmul"], 1 - ours["flops"] / theirs["flops"])
     for text, value in zip(shares.groups(), values, strict=True):
         _says(text, 100 * value)
-    cases = _cases("soft_clip.json")
+    cases = _cases("soft_clip.json", EPYC)
     for row in _rows("largest singular value over `c`"):
         for cell, dtype in zip(row[1:], ("fp32", "bf16"), strict=True):
             (case,) = [c for c in cases if c["name"].endswith(f"{dtype}, ratio {row[0]}")]
@@ -145,6 +145,29 @@ def test_whole_matrices() -> None:
             _says(time, case["targets"][0]["measured"])
             _says(error, case["rows"][0]["error"])
             _says(theirs, case["rows"][1]["error"])
+
+
+def test_soft_clip_of_other_sizes() -> None:
+    times: dict[str, list[float]] = {}
+    for case in _cases("soft_clip_sizes.json", EPYC):
+        size, _, ratio = case["name"].removeprefix("soft clip ").partition(", ratio ")
+        if ratio.isdecimal():
+            times.setdefault(size, []).append(case["targets"][0]["measured"])
+    text = " ".join(TEXT.split())
+    found = re.search(
+        r"takes ([\d.]+) to ([\d.]+) of the released time for 512 × 512 in fp32, ([\d.]+) to ([\d.]+) for "
+        r"512 × 2048 and ([\d.]+) to ([\d.]+) for 256 × 1024\..* up to ([\d.]+) times the released one in fp32, "
+        r"and ([\d.]+) times in bf16",
+        text,
+    )
+    assert found is not None
+    named = [times[f"{size} fp32"] for size in ("512x512", "512x2048", "256x1024")]
+    values = [edge for each in named for edge in (min(each), max(each))]
+    values += [
+        max(max(each) for size, each in times.items() if size.endswith(end)) for end in ("fp32", "bf16")
+    ]
+    for said, value in zip(found.groups(), values, strict=True):
+        _says(said, value)
 
 
 def test_masks() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import states, storage
-from .kernels.aliasing import overlaps_itself
+from .checks import check_apart
 from .kernels.codecs import STATE_CODECS
 from .kernels.masking import keeps_dense
 from .kernels.spec import Rule
@@ -279,10 +279,7 @@ def _load(
     now = states.Stored(*storage.codecs(name, own_name, param, group, rule))
     if not any(value is not None for value in entry.values()):
         return {}
-    if overlaps_itself(storage.local_view(param)):
-        raise ValueError(
-            f"{name} has elements that share memory; make it a parameter of its own with .clone()"
-        )
+    check_apart([name], [storage.local_view(param)])
     if saved is None or values:
         return states.load(name, entry, param, rule, now, None, ours=saved is not None)
     _check_codecs(saved)

@@ -58,7 +58,7 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Refuses tensors that no kernel can update.
 
     Raises:
-        TypeError: an integer or float8 dtype, a tensor without memory, an unknown tensor subclass.
+        TypeError: an integer or float8 dtype, a layout that is not strided, an unknown tensor subclass.
         ValueError: a view that conjugates or negates its memory lazily, a parameter without a shape yet.
     """
     if is_lazy(param):

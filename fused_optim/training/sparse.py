@@ -70,8 +70,8 @@ def _cast(config: Any, n: int, m: int) -> Sparsity:
 
 RECIPES = {
     "one-shot": Recipe(_one_shot, dense_share=0.5),
-    "sr-ste": Recipe(_sr_ste, dense_share=0.7, decay=2e-4),
-    "mask-decay": Recipe(_mask_decay, dense_share=0.1),
+    "sr-ste": Recipe(_sr_ste, dense_share=0.5, decay=2e-3),
+    "mask-decay": Recipe(_mask_decay, dense_share=0.4),
     "structure-decay": Recipe(_structure_decay, dense_share=0.0),
     "masked-decay": Recipe(_masked_decay, decay=1e-4),
     "cast": Recipe(_cast, dense_share=0.7, decay=1e-3, lr_factor=0.6),

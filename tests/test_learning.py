@@ -55,3 +55,11 @@ def test_storage_learns_like_fp32(storage: str) -> None:
     reference, loss = _validation_loss("fp32"), _validation_loss(storage)
     assert reference < 2.6, "a model that learns nothing proves nothing"
     assert loss <= (1 + GAPS[storage]) * reference
+
+
+# Lion's steps are signs, which any difference flips: runs lie 1 % apart, to both sides.
+@pytest.mark.parametrize(("optimizer", "gap"), [("lion", 0.03), ("muon", 0.01)])
+@pytest.mark.parametrize("storage", ["split8+int8", "fp32+int8_companded"])
+def test_other_rules_learn_with_8_bits(storage: str, optimizer: str, gap: float) -> None:
+    reference, loss = _validation_loss("fp32", optimizer), _validation_loss(storage, optimizer)
+    assert reference < 2.6 and loss <= (1 + gap) * reference

@@ -156,8 +156,8 @@ def test_soft_clip_of_other_sizes() -> None:
     text = " ".join(TEXT.split())
     found = re.search(
         r"takes ([\d.]+) to ([\d.]+) of the released time for 512 × 512 in fp32, ([\d.]+) to ([\d.]+) for "
-        r"512 × 2048 and ([\d.]+) to ([\d.]+) for 256 × 1024\..* up to ([\d.]+) times the released one in fp32, "
-        r"and ([\d.]+) times in bf16",
+        r"512 × 2048 and ([\d.]+) to ([\d.]+) for 256 × 1024\..* up to ([\d.]+) times the released one in "
+        r"fp32, and ([\d.]+) times in bf16",
         text,
     )
     assert found is not None
@@ -313,7 +313,7 @@ def test_bytes_of_the_recipes(tmp_path: Path) -> None:
 
 
 def test_table_of_what_recipes_learn() -> None:
-    for line in _result("sparse_learning.json")["table"]:
+    for line in _result("sparse_learning.json", EPYC)["table"]:
         assert line in TEXT.splitlines()
 
 
@@ -326,6 +326,34 @@ def test_differences_between_recipes_over_six_seeds() -> None:
         apart = [losses[case][seed] - losses["one-shot"][seed] for seed in range(6)]
         text = f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / 6**0.5:.3f} for `{name}`"
         assert text in " ".join(TEXT.split()), text
+
+
+def _apart(file: str, case: str) -> list[float]:
+    """Validation losses beside those of pruning once, seed by seed."""
+    rows = {(row["case"], row["seed"]): row["validation_loss"] for row in _result(file, EPYC)["rows"]}
+    return [loss - rows["one-shot", seed] for (name, seed), loss in rows.items() if name == case]
+
+
+def test_recipes_beat_pruning_once() -> None:
+    text = " ".join(TEXT.split())
+    for name in ("sr-ste", "mask-decay"):
+        apart = _apart("sparse_learning.json", name)
+        assert len(apart) == 6 and max(apart) < 0
+        error = statistics.stdev(apart) / 6**0.5
+        assert f"{statistics.mean(apart):+.4f} ± {error:.4f} for `{name}`" in text
+    said = re.search(
+        r"`sr-ste` wins by ([\d.]+) ± ([\d.]+), `mask-decay` by ([\d.]+) ± ([\d.]+) and `cast` \(dense for "
+        r"half of the steps\) by ([\d.]+) ± ([\d.]+); `sr-ste` with masks from the first step loses "
+        r"([\d.]+) ± ([\d.]+), `structure-decay` ([\d.]+) ± ([\d.]+)\.",
+        text,
+    )
+    assert said is not None
+    values: list[float] = []
+    for case in ("sr-ste", "mask-decay", "cast:dense-steps=200", "sr-ste:dense-steps=0", "structure-decay"):
+        apart = _apart("sparse_learning_nano.json", case)
+        values += [abs(statistics.mean(apart)), statistics.stdev(apart)]
+    for number, value in zip(said.groups(), values, strict=True):
+        _says(number, value)
 
 
 def test_papers_are_cited() -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from . import states, storage
 from .checks import check_apart
-from .kernels.codecs import STATE_CODECS
 from .kernels.masking import keeps_dense
 from .kernels.spec import Rule
-from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_group
+from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_codecs, check_group
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -233,22 +232,6 @@ def _are_codes(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.uint8, torch.int8)
 
 
-def _check_codecs(saved: Mapping[str, Any]) -> None:
-    """Refuses what no group of this library says of storage.
-
-    Raises:
-        ValueError: an unknown codec.
-    """
-    given = saved.get("state_codec", "auto")
-    names = [*(given.values() if isinstance(given, Mapping) else [given]), saved.get("param_codec", "auto")]
-    for name in names:
-        if name not in ("auto", *STATE_CODECS):
-            raise ValueError(
-                f"the state dict keeps states or weights as {name!r}, which this fused_optim does not know: "
-                "it is damaged, or of a later version"
-            )
-
-
 _STORAGE = {False: "state_codec", True: "state_codec and param_codec"}
 
 
@@ -282,9 +265,12 @@ def _load(
     check_apart([name], [storage.local_view(param)])
     if saved is None or values:
         return states.load(name, entry, param, rule, now, None, ours=saved is not None)
-    _check_codecs(saved)
     # What keep_fp32 says now: what it said then is seen in the planes.
     given = {"state_codec": "auto", "param_codec": "auto", **saved, "keep_fp32": group["keep_fp32"]}
+    try:
+        check_codecs(given)
+    except ValueError as error:
+        raise ValueError(f"in the state dict, {error}: it is damaged, or of a later version") from None
     saved_param, saved_states = storage.codecs(name, own_name, param, given, rule)
     if saved_states != now.states:
         raise ValueError(

@@ -29,19 +29,6 @@ def list_params(group: Any) -> None:
         group["params"] = list(group["params"])
 
 
-def check_whole(name: str, param: Tensor) -> None:
-    """Refuses what is several tensors.
-
-    Raises:
-        TypeError: a nested tensor.
-    """
-    if param.is_nested:
-        raise TypeError(
-            f"{name} is a nested tensor, which has no strides; only dense (strided) parameters can be "
-            "updated: make one of each of its parts (.unbind()), or of .to_padded_tensor()"
-        )
-
-
 def check_memory(name: str, param: Tensor) -> None:
     """Refuses what a step cannot change yet; an optimizer may be made of it, since FSDP2 fills it in place.
 

@@ -99,7 +99,6 @@ class FusedOptimizer(Optimizer, ABC):
             check_group(self.param_groups[index])
             for position, param in enumerate(self.param_groups[index]["params"]):
                 storage.check_parameter(self._name(index, position), param)
-                checks.check_whole(self._name(index, position), param)
                 self._key(index, position, param)
         except Exception:
             self.param_groups.pop()

@@ -142,6 +142,20 @@ def _torch_flags(group: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
 
 
+def check_codecs(group: Mapping[str, Any]) -> None:
+    """Checks what one parameter group says of storage.
+
+    Raises:
+        ValueError: an unknown codec.
+    """
+    for name, known in (("state_codec", STATE_CODECS), ("param_codec", PARAM_CODECS)):
+        given = group[name]
+        names = given.values() if name == "state_codec" and isinstance(given, Mapping) else (given,)
+        for codec in names:
+            if codec != "auto" and codec not in known:
+                raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(known)}")
+
+
 def _options(group: Mapping[str, Any]) -> None:
     for name, allowed in (("backend", BACKENDS), ("arithmetic", ARITHMETICS)):
         if group[name] not in allowed:
@@ -153,12 +167,7 @@ def _options(group: Mapping[str, Any]) -> None:
         _in_range("clip_grad_norm", group["clip_grad_norm"], 0.0)
     if not isinstance(group["skip_nonfinite"], bool):
         raise TypeError(f"skip_nonfinite must be True or False, got {group['skip_nonfinite']!r}")
-    for name, known in (("state_codec", STATE_CODECS), ("param_codec", PARAM_CODECS)):
-        given = group[name]
-        names = given.values() if name == "state_codec" and isinstance(given, Mapping) else (given,)
-        for codec in names:
-            if codec != "auto" and codec not in known:
-                raise ValueError(f"{name}={codec!r} is unknown; allowed: auto, {', '.join(known)}")
+    check_codecs(group)
     check_keep_fp32(group["keep_fp32"])
     if not isinstance(group["spectral"], SpectralClip | Hypersphere | None):
         raise TypeError(

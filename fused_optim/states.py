@@ -277,8 +277,8 @@ def load(
             f"{now.param.name!r}; construct it with the same param_codec, or save with "
             "state_dict(portable=True), which leaves the bits beyond the parameter's own dtype out"
         )
-    dims = order_of(name, entry, param)
-    stays = saved is None or is_order_of(dims, param)
+    order = order_of(name, entry, param)
+    stays = saved is None or is_order_of(order, param)
     state: dict[str, Any] = {key: _owned(entry[key], param) for key in extra}
     # Without second moments, which it corrects, others keep no count.
     if entry.get("step") is not None or saved is not None or not all(slot.signed for slot in rule.slots):
@@ -306,7 +306,7 @@ def load(
             value = _checked_value(name, entry, param, slot.name)
         else:
             planes = _copy(name, entry, param, slot.name, source.planes, source.signed_scale)
-            value = decode(param, {**planes, ORDER: dims}, slot.name, source)
+            value = decode(param, {**planes, ORDER: entry.get(ORDER)}, slot.name, source)
         state |= encode(param, value, slot.name, codec)
     complete_state(state, param, rule, now.param, now.states)
     return state

@@ -58,7 +58,8 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Refuses tensors that no kernel can update.
 
     Raises:
-        TypeError: an integer or float8 dtype, a layout that is not strided, an unknown tensor subclass.
+        TypeError: an integer or float8 dtype, a nested tensor, a layout that is not strided, an unknown tensor
+            subclass.
         ValueError: a view that conjugates or negates its memory lazily, a parameter without a shape yet.
     """
     if is_lazy(param):
@@ -70,6 +71,11 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise TypeError(
             f"{name} has dtype {param.dtype}; allowed: float32, bfloat16, float16, float64, complex64, "
             "complex128. Convert it or leave it out of the optimizer"
+        )
+    if param.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, which has no strides; only dense (strided) parameters can be "
+            "updated: make one of each of its parts (.unbind()), or of .to_padded_tensor()"
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; only dense (strided) parameters can be updated")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -25,12 +23,8 @@ LIMIT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SIZES = [25, 32, 48, 64, 100, 256, 384, 512]
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Small matrices: threads only wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _hidden(m: int, gap: float, ratio: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,8 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 TORCHS = (3.4445, -4.7750, 2.0315)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Small matrices: threads only wait for each other.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=[True, False], ids=["amx", "no_amx"])

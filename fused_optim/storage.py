@@ -58,8 +58,8 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Refuses tensors that no kernel can update.
 
     Raises:
-        TypeError: an integer or float8 dtype, a nested tensor, a layout that is not strided, an unknown tensor
-            subclass.
+        TypeError: an integer or float8 dtype, a nested tensor or a layout that is not strided, an unknown
+            tensor subclass.
         ValueError: a view that conjugates or negates its memory lazily, a parameter without a shape yet.
     """
     if is_lazy(param):

@@ -190,7 +190,7 @@ def quick_jobs() -> list[Job]:
     jobs = step_jobs(RULES, PLAIN[:3:2], (True, False), (90,))
     jobs += step_jobs(("adam", "lion"), PLAIN[1:2], (True,), CAPABILITIES)
     jobs += [Job("adam", ("bf16", "fp32", "fp32", "bf16"), True, True, 90)]
-    jobs += step_jobs(("adam",), (*CODED[:4], CODED[-1], *RECOMMENDED[:2]), (False,), (90,))
+    jobs += step_jobs(("adam",), (*CODED[:5], CODED[-1], *RECOMMENDED[:2]), (False,), (90,))
     jobs += step_jobs(("adam",), CODED[1:2], (True,), (90,))
     jobs += step_jobs(("sgd_momentum",), CODED[4:-1], (False,), (90,))
     # What ptxas spills of sm_100 if it is left alone.

@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
             gradient is NaN or infinite; ``optimizer.skipped_steps`` counts such steps.
         backend: ``"auto"``, ``"native"``, ``"triton"``, ``"cuda"`` or ``"reference"``.
         arithmetic: ``"exact"`` (equal bits on every backend), ``"fast"`` (GPU: fused multiply-add,
-            approximate division and square root) or ``"auto"``.
+            approximate division and square root, decay rounded for itself) or ``"auto"``.
     """
 
     state_codec: str | Mapping[str, str]

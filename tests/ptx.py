@@ -70,6 +70,28 @@ def _permuted(a: Array, b: Array, selector: Array) -> Array:
     return result.astype(np.uint32)
 
 
+def _chosen(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Bit by bit what a table of eight has for the three."""
+    terms = [
+        (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
+        for k in range(8)
+        if int(table[0]) >> k & 1
+    ]
+    return np.bitwise_or.reduce(np.broadcast_arrays(*terms))
+
+
+def _dot(parts: list[str], a: Array, b: Array, c: Array) -> Array:
+    """Four products of bytes, or two of halves with the lower or upper bytes, all of one signedness."""
+    signed = parts[-1] == "s32"
+    halves = parts[0] == "dp2a"
+    wide, narrow = (np.int16, np.int8) if signed else (np.uint16, np.uint8)
+    first = np.ascontiguousarray(a)[:, None].view(wide if halves else narrow)
+    second = np.ascontiguousarray(b)[:, None].view(narrow)
+    if halves:
+        second = second[:, 2:] if parts[1] == "hi" else second[:, :2]
+    return (c + (first.astype(np.int64) * second).sum(1)).astype(c.dtype)
+
+
 def _fused(a: Array, b: Array, c: Array) -> Array:
     # Exact but for a sum whose 53 bits end in a tie of 24.
     return (a.astype(np.float64) * b + c).astype(np.float32)
@@ -325,6 +347,10 @@ class Machine:
             return _fused(*x)
         if name == "mad":
             return x[0] * x[1] + x[2]
+        if name == "lop3":
+            return _chosen(*x)
+        if name in ("dp4a", "dp2a"):
+            return _dot(parts, *x)
         if name == "bfe":
             start, length = int(x[1][0]), int(x[2][0])
             up = np.uint32(32 - start - length)

@@ -72,6 +72,19 @@ def test_bytes_are_permuted_and_signs_repeated() -> None:
     assert (out == 0x4BFF0000).all()
 
 
+def test_products_of_bytes_are_added() -> None:
+    x, out = np.full(64, 0xFE03_80FF, np.uint32), np.zeros(64, np.int32)
+    dots = {
+        "dp4a.u32.u32 %y, %x, 0x02010181, 7": 0xFF * 0x81 + 0x80 + 3 + 2 * 0xFE + 7,
+        "dp2a.lo.s32.s32 %y, 0x0100FFFF, %x, -5": 1 - 0x100 * 0x80 - 5,
+        "dp2a.hi.s32.s32 %y, 0x01000002, %x, 9": 2 * 3 - 0x100 * 2 + 9,
+        "lop3.b32 %y, %x, 0x100, 0xF, 0xEA": 0xF,
+    }
+    for dot, expected in dots.items():
+        _run(f"ld.global.b32 {{%x}}, [%a0]; {dot}; st.global.b32 [%a1], {{%y}};", x, out)
+        assert (out == expected).all(), dot
+
+
 def test_what_is_not_known_is_refused() -> None:
     x = np.zeros(65, np.uint32)
     with pytest.raises(NotImplementedError, match="popc"):

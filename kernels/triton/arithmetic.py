@@ -40,6 +40,16 @@ def normal(eps, EXACT: tl.constexpr):
 
 
 @triton.jit
+def decayed(p, decay, update, EXACT: tl.constexpr):
+    """The parameter after a step; in fast arithmetic it is rounded after its decay as well, as torch's is."""
+    if EXACT or INTERPRETED:
+        return p - (update + decay * p)
+    else:
+        # Both contracted: one instruction less.
+        return (p - decay * p) - update
+
+
+@triton.jit
 def maximum(x, y):
     """The larger one; NaN if either is."""
     return tl.maximum(x, y, propagate_nan=PROPAGATE)
@@ -71,6 +81,17 @@ def minus(x, y):
     else:
         return tl.inline_asm_elementwise(
             "sub.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def magnitude(x):
+    """Without its sign; the compiler's own is an instruction where ``x`` comes out of inline PTX."""
+    if INTERPRETED:
+        return tl.abs(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "abs.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..lookup import SIGNED_FOUR_BITS
 from ..lookup import STEPS as _STEPS
-from .arithmetic import INTERPRETED, bits_of, float_of, quotient, root, rounded, times
+from .arithmetic import INTERPRETED, bits_of, float_of, magnitude, quotient, root, rounded, times
 
 _MAGNITUDES = np.array(SIGNED_FOUR_BITS, np.float32)[7:]
 _MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / np.float32(2)
@@ -113,7 +113,7 @@ def int8_companded_value(code, table):
 
 @triton.jit
 def int8_companded_code(n, table):
-    return rounded(quotient(times(n, 254.0), tl.abs(n) + 1.0))
+    return rounded(quotient(times(n, 254.0), magnitude(n) + 1.0))
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def fp8_value(code, table):
 @triton.jit
 def _e4m3(n):
     """The magnitude's code: adding 2**20 times its power of two leaves 3 bits of mantissa."""
-    x = tl.minimum(times(tl.abs(n), 448.0), 448.0)
+    x = tl.minimum(times(magnitude(n), 448.0), 448.0)
     power = tl.maximum(bits_of(x) & 0x7F800000, (127 - 6) << 23) + (20 << 23)
     bits = bits_of(x + float_of(power))
     return bits + (bits >> 20) - ((127 - 6 + 20) << 3)

@@ -16,6 +16,12 @@ from .tile import offsets, read, write
 INFINITY = tl.constexpr(0x7F800000)
 SMALLEST_NORMAL = tl.constexpr(0x00800000)
 
+# A product that is denormal is zero.
+LONG_SCALE = tl.constexpr("mul.rn.ftz.f32 $0, $1, 0f3F800000;")
+SHORT_SCALE = tl.constexpr(
+    "{ .reg .b32 x; mul.rn.ftz.f32 x, $1, 0f3F800000; cvt.rn.bf16x2.f32 $0, x, 0f00000000; }"
+)
+
 
 @triton.constexpr_function
 def _shape(size, block, vector, warps):
@@ -44,12 +50,12 @@ def _larger(x, y):
 
 @triton.jit
 def _top(x, AXIS: tl.constexpr):
-    """The largest magnitude, NaN if there is one."""
+    """The largest of magnitudes, NaN if there is one."""
     if INTERPRETED:
-        return tl.max((bits_of(x) & 0x7FFFFFFF).to(tl.int32), AXIS).to(tl.float32, bitcast=True)
+        return tl.max(bits_of(x).to(tl.int32), AXIS).to(tl.float32, bitcast=True)
     else:
-        # One instruction each: that of floats takes magnitudes, that of integers does not.
-        return tl.reduce(tl.abs(x), AXIS, _larger)
+        # One instruction each, as that of floats takes magnitudes itself; that of integers does not.
+        return tl.reduce(x, AXIS, _larger)
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def _largest(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
         key = tl.max(tl.maximum(key, negative << 1), 3)
         return key >> 1, (key & 1 ^ 1) << 31
     else:
-        top = tl.max(_top(_top(x, 5), 1).to(tl.int32, bitcast=True), 3).to(tl.uint32)
+        top = tl.max(_top(_top(tl.abs(x), 5), 1).to(tl.int32, bitcast=True), 3).to(tl.uint32)
         return top, tl.zeros_like(top)
 
 
@@ -125,28 +131,27 @@ def _pairs(SIZE: tl.constexpr, SPREAD: tl.constexpr):
 def _scale_bits(x, CODEC: tl.constexpr, SPREAD: tl.constexpr):
     """Each block's scale as the bits of an fp32 number: NaN if there is one, 0 for denormals."""
     top, sign = _largest(x, CODEC, SPREAD)
-    if CODEC[7] == 16:
-        # Denormals are zero before they are rounded up to a normal number.
-        x = tl.where(top < SMALLEST_NORMAL, 0.0, float_of(top))
-        top = to_bf16(x).to(tl.uint32) << 16
+    # Denormals are zero before they are rounded up to a normal number.
+    if INTERPRETED:
+        top = tl.where(top < SMALLEST_NORMAL, 0, top).to(tl.uint32)
+        if CODEC[7] == 16:
+            top = to_bf16(float_of(top)).to(tl.uint32) << 16
     else:
-        top = tl.where(top < SMALLEST_NORMAL, 0, top)
-    return top.to(tl.uint32) | sign
+        ASM: tl.constexpr = SHORT_SCALE if CODEC[7] == 16 else LONG_SCALE
+        top = tl.inline_asm_elementwise(ASM, "=r,r", [top], dtype=tl.uint32, is_pure=True, pack=1)
+    return top | sign
 
 
 @triton.jit
 def _normalised(x, scale_bits, CODEC: tl.constexpr, SPREAD: tl.constexpr):
-    """Values divided by their block's scale; where that is 0 or not finite, 0 or NaN."""
+    """Values divided by their block's scale, and whether that is finite and not 0; else they are 0 or NaN."""
     # In one comparison: no denormals are left, and below 0 it wraps.
     magnitude = scale_bits & 0x7FFFFFFF if CODEC[8] else scale_bits
     alive = magnitude - SMALLEST_NORMAL < INFINITY - SMALLEST_NORMAL
     inverse = tl.where(alive, reciprocal(float_of(scale_bits)), 0.0)
     SIZE: tl.constexpr = x.shape[0]
-    n = times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD[0], SPREAD[1]))
-    if CODEC[9] and not INTERPRETED:
-        return n
-    else:
-        return tl.where(_for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1]), n, 0.0)
+    alive = _for_each(alive, SIZE, CODEC[5], SPREAD[0], SPREAD[1])
+    return times(x, _for_each(inverse, SIZE, CODEC[5], SPREAD[0], SPREAD[1])), alive
 
 
 @triton.jit
@@ -190,5 +195,14 @@ def block_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.conste
         x = tl.where(dense[2], x, 0.0)
     bits = _scale_bits(x, CODEC, SPREAD)
     _write_scales(bits, planes[1], dense, x.shape[0], CODEC, SPREAD)
-    code = CODEC[4](_normalised(x, bits, CODEC, SPREAD), planes[-1])
+    n, alive = _normalised(x, bits, CODEC, SPREAD)
+    if INTERPRETED or (CODEC[6] == 2 and not CODEC[9]):
+        n = tl.where(alive, n, 0.0)
+    code = CODEC[4](n, planes[-1])
+    if CODEC[6] == 1 and not (CODEC[9] or INTERPRETED):
+        # The code of 0 is 0 here, for four values at once.
+        code = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r,r,r,r", [code.to(tl.uint8), tl.where(alive, -1, 0)],
+            dtype=tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
     _write_codes(code, planes[0], dense, CODEC, SPREAD)

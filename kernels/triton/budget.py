@@ -47,7 +47,7 @@ MASK_INSTRUCTIONS = {0: 14, 2: 21, 4: 25, 8: 36, 16: 58}
 """The same for a mask, beyond its rule, by the size of its groups."""
 
 CODEC_INSTRUCTIONS = {
-    **{"bf16_sr": 11, "bf16_kahan": 9, "fp16_kahan": 8, "bf16_split8": 12, "bf16_split16": 6},
+    **{"bf16_sr": 11, "bf16_kahan": 9, "fp16_kahan": 8, "bf16_split8": 8, "bf16_split16": 6},
     **{"int8": 18, "int8_unsigned": 17, "int8_companded": 28, "int8_companded_unsigned": 25},
     **{"fp8": 11, "fp8_unsigned": 13, "int4": 45, "int4_unsigned": 28},
 }

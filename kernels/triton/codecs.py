@@ -12,16 +12,38 @@ from .arithmetic import INTERPRETED, bits_of, float_of, minus
 from .philox import random_16_bits
 from .tile import read, write
 
-# Each of four bytes at a word's second place, its sign above it: prmt takes bytes by number, 4 to 7 of the
-# second operand, and 8 more stands for a sign alone.
-SIGNED_BYTES = tl.constexpr("".join(f"prmt.b32 ${i}, $4, 0, 0x{8 + i:X}{8 + i:X}{i}4; " for i in range(4)))
 QUIET_NAN = tl.constexpr(0x7FC00000)
+
+# To each of four upper halves 256 times a signed byte: dp2a adds products of two halves with two bytes.
+JOIN_24_BITS = tl.constexpr(
+    "{ .reg .b32 a, b, c, d; shl.b32 a, $4, 16; and.b32 b, $4, 0xFFFF0000; "
+    "shl.b32 c, $5, 16; and.b32 d, $5, 0xFFFF0000; "
+    "dp2a.lo.s32.s32 $0, 0x100, $6, a; dp2a.lo.s32.s32 $1, 0x1000000, $6, b; "
+    "dp2a.hi.s32.s32 $2, 0x100, $6, c; dp2a.hi.s32.s32 $3, 0x1000000, $6, d; }"
+)
+# The other way. One dp4a adds half a unit of either part, 0x807F = 0xFF * 0x81, and the last bit that stays;
+# the byte's upper bit is then wrong, because it has taken the half that was meant for the upper part.
+SPLIT_24_BITS = tl.constexpr(
+    "{ .reg .b32 x<4>, y; "
+    + "".join(
+        f"min.s32 x{i}, ${3 + i}, 0x7FC00000; lop3.b32 y, x{i}, 0x100, 0xFF, 0xEA; "
+        f"dp4a.u32.u32 x{i}, y, 0x181, x{i}; "
+        for i in range(4)
+    )
+    + "prmt.b32 $0, x0, x1, 0x7632; prmt.b32 $1, x2, x3, 0x7632; "
+    "prmt.b32 x0, x0, x1, 0x0051; prmt.b32 x2, x2, x3, 0x0051; prmt.b32 x0, x0, x2, 0x5410; "
+    "xor.b32 $2, x0, 0x80808080; }"
+)
 
 
 @triton.jit
 def _canonical(x):
     """The bits of fp32 values, all NaNs made one whose lower half is zero, as that of Inf."""
-    return tl.where(x == x, bits_of(x), QUIET_NAN).to(tl.uint32)
+    if INTERPRETED:
+        return tl.where(x == x, bits_of(x), QUIET_NAN).to(tl.uint32)
+    else:
+        # A GPU's arithmetic has one NaN, whose bits are the largest signed number.
+        return tl.minimum(x.to(tl.int32, bitcast=True), QUIET_NAN).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -142,20 +164,26 @@ def bf16_split16_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl
 
 @triton.jit
 def bf16_split8_decode(planes, home, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    high = bits_of(from_bf16(read(planes[0], tl.uint16, home[0], SPREAD[0])))
+    high = read(planes[0], tl.uint16, home[0], SPREAD[0])
+    low = read(planes[1], tl.uint8, home[1], SPREAD[0])
     if INTERPRETED:
-        low = read(planes[1], tl.int8, home[1], SPREAD[0]).to(tl.int32) << 8
+        low = low.to(tl.int8, bitcast=True).to(tl.int32) << 8
+        return float_of(bits_of(from_bf16(high)) + low.to(tl.uint32))
     else:
-        low = tl.inline_asm_elementwise(
-            SIGNED_BYTES, "=&r,=&r,=&r,=&r,r", [read(planes[1], tl.uint8, home[1], SPREAD[0])],
-            dtype=tl.uint32, is_pure=True, pack=4,
-        )  # fmt: skip
-    return float_of(high + low.to(tl.uint32))
+        return tl.inline_asm_elementwise(
+            JOIN_24_BITS, "=&f,=&f,=&f,=&f,r,r,r", [high, low], dtype=tl.float32, is_pure=True, pack=4
+        )
 
 
 @triton.jit
 def bf16_split8_encode(x, planes, home, stream, SPREAD: tl.constexpr, CODEC: tl.constexpr):
-    bits = _canonical(x)
-    bits += 0x7F + (bits >> 8 & 1)
-    write(planes[0], tl.uint16, home[0], ((bits + 0x8000) >> 16).to(tl.uint16), SPREAD[0])
-    write(planes[1], tl.uint8, home[1], (bits >> 8).to(tl.uint8), SPREAD[0])
+    if INTERPRETED:
+        bits = _canonical(x)
+        bits += 0x7F + (bits >> 8 & 1)
+        high, low = ((bits + 0x8000) >> 16).to(tl.uint16), (bits >> 8).to(tl.uint8)
+    else:
+        high, low = tl.inline_asm_elementwise(
+            SPLIT_24_BITS, "=&r,=&r,=&r,r,r,r,r", [x], dtype=(tl.uint16, tl.uint8), is_pure=True, pack=4
+        )
+    write(planes[0], tl.uint16, home[0], high, SPREAD[0])
+    write(planes[1], tl.uint8, home[1], low, SPREAD[0])

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import div, maximum, normal, sign, sqrt
+from .arithmetic import decayed, div, maximum, normal, sign, sqrt
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _adam_moments(p, g, m, v, k):
 def _adam_finish(p, m, v, k, EXACT: tl.constexpr):
     c2, eps, step_size, decay = k[4:]
     u = div(m, sqrt(v, EXACT) * c2 + normal(eps, EXACT), EXACT)
-    return p - (step_size * u + decay * p)
+    return decayed(p, decay, step_size * u, EXACT)
 
 
 @triton.jit
@@ -43,14 +43,14 @@ def lion(p, g, s, k, EXACT: tl.constexpr):
     m = s[0]
     u = sign(b1 * m + w1 * g)
     m = b2 * m + w2 * g
-    return p - (lr * u + decay * p), (m,)
+    return decayed(p, decay, lr * u, EXACT), (m,)
 
 
 @triton.jit
 def sgd(p, g, s, k, EXACT: tl.constexpr):
     l2, lr, decay = k
     g = g + l2 * p
-    return p - (lr * g + decay * p), s
+    return decayed(p, decay, lr * g, EXACT), s
 
 
 @triton.jit

@@ -68,8 +68,8 @@ class SRSTE(Sparsity):
     """The model sees masked weights, all weights learn, and pruned ones shrink.
 
     With the mask ``M`` of the weights ``w`` that a step finds, and the model's gradient ``g`` at ``M * w``,
-    the rule is given ``g + decay * (1 - M) * w``. Masks follow the weights in every step, after
-    ``dense_steps`` without any (none in the paper).
+    the rule is given ``g + decay * (1 - M) * w``. Masks follow the weights in every step, or after every
+    ``every`` steps, after ``dense_steps`` without any (none in the paper).
 
     Dense weights are kept as state ``dense``: 4 bytes per weight in fp32, or as ``param_codec`` says; masks
     need 1/8 byte.
@@ -77,9 +77,10 @@ class SRSTE(Sparsity):
     Args:
         decay: strength of the pull on pruned weights, before the optimizer's own scaling.
         dense_steps: steps before the first masks.
+        every: steps between new masks, 1 in the paper.
 
     Raises:
-        ValueError: a pattern that keeps nothing or everything, a negative decay or step.
+        ValueError: a pattern that keeps nothing or everything, a negative decay or step, ``every=0``.
         TypeError: a value of the wrong type.
 
     Example:
@@ -100,10 +101,12 @@ class SRSTE(Sparsity):
 
     decay: float = 2e-4
     dense_steps: int = 0
+    every: int = 1
 
     def _check(self) -> None:
         check_number("decay", self.decay)
         check_steps("dense_steps", self.dense_steps, least=0)
+        check_steps("every", self.every)
 
     @property
     def adjusts_gradients(self) -> bool:
@@ -113,6 +116,10 @@ class SRSTE(Sparsity):
     def kept(self, t: Any) -> Any:
         """All in the dense beginning."""
         return self.m + (t >= self.dense_steps) * (self.n - self.m)
+
+    def refreshes(self, t: Any) -> Any:
+        """From time to time, and where the dense beginning ends."""
+        return ((t % self.every == 0) | (t == self.dense_steps)) * 1
 
     def pruned(self, t: Any) -> tuple[Any, Any, Any]:
         """They shrink."""

@@ -23,6 +23,7 @@ RECIPES: dict[str, Sparsity] = {
     "one_shot": OneShot(at=3),
     "sr_ste": SRSTE(decay=0.01),
     "sr_ste_later": SRSTE(decay=0.01, dense_steps=3),
+    "sr_ste_seldom": SRSTE(decay=0.01, dense_steps=1, every=3),
     "mask_decay": MaskDecay(dense_steps=2, decay_steps=4),
     "exponential": MaskDecay(decay_steps=6, kind="exponential"),
     "structure_decay": StructureDecay(n=1, m=8, total_steps=STEPS),

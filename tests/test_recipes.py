@@ -71,6 +71,11 @@ RECIPES: dict[str, tuple[Sparsity, Callable[..., Iterator[Tensor]], dict[str, An
     "one_shot_later": (OneShot(at=20), retold.asp, {"at": 20}),
     "sr_ste": (SRSTE(decay=0.05), retold.sr_ste, {"decay": 0.05}),
     "sr_ste_later": (SRSTE(decay=0.05, dense_steps=20), retold.sr_ste, {"decay": 0.05, "dense": 20}),
+    "sr_ste_seldom": (
+        SRSTE(decay=0.05, dense_steps=10, every=8),
+        retold.sr_ste,
+        {"decay": 0.05, "dense": 10, "every": 8},
+    ),
     "mask_decay": (
         MaskDecay(dense_steps=10, decay_steps=25),
         retold.mask_decay,

@@ -309,6 +309,7 @@ def test_a_nan_weight_is_kept() -> None:
         (lambda: StructureDecay(total_steps=1), "less than a step"),
         (MaskedDecay, "needs total_steps"),
         (lambda: MaskedDecay(total_steps=9, dense_end=1.0), "dense_end=1.0"),
+        (lambda: SRSTE(every=0), "every=0 must be at least 1"),
         (lambda: SRSTE(dense_steps=-1), "dense_steps=-1 must be at least 0"),
         (CAST, "needs total_steps"),
         (lambda: AdamW([weight()], sparsity=CAST(total_steps=9)), "CASTAdamS"),

@@ -39,16 +39,17 @@ def asp(w: Tensor, gradient: Gradient, make: Make, steps: int, at: int) -> Itera
 
 
 def sr_ste(
-    w: Tensor, gradient: Gradient, make: Make, steps: int, decay: float, dense: int = 0
+    w: Tensor, gradient: Gradient, make: Make, steps: int, decay: float, dense: int = 0, every: int = 1
 ) -> Iterator[Tensor]:
     """A new mask in every forward pass, the gradient passed straight through, pruned weights regularised."""
-    optimizer = make([w])
+    optimizer, mask = make([w]), torch.ones_like(w)
     for t in range(steps):
-        mask = nm(w, 2, 4) if t >= dense else torch.ones_like(w)
+        if t == dense or t > dense and t % every == 0:
+            mask = nm(w, 2, 4)
         yield (w * mask).detach()
         w.grad = gradient(w * mask) + decay * (1 - mask) * w.detach()
         optimizer.step()
-    yield (w * nm(w, 2, 4)).detach()
+    yield (w * (nm(w, 2, 4) if steps % every == 0 else mask)).detach()
 
 
 def mask_decay(

@@ -9,6 +9,7 @@ from pathlib import Path
 from . import charts, learning_sections
 from .charts import Bar, Group, Line
 from .comparison import SPEEDS, speeds
+from .cuda_paths import table as launch_table
 from .found import Record, Result, circumstances, on_gpu
 from .section import Section
 from .static_cuda import table as cuda_table
@@ -259,7 +260,7 @@ def static_products(result: Result, stem: Path) -> Section:
 def static_cuda(result: Result, stem: Path) -> Section:
     """What the CUDA C++ kernels take."""
     section = Section("Compiled CUDA C++ kernels", circumstances(result.data))
-    section.tables = [cuda_table(result.data["kernels"])]
+    section.tables = [cuda_table(result.data["kernels"]), launch_table(result.data.get("launches", []))]
     return section
 
 

@@ -1,18 +1,19 @@
 """What the CUDA C++ kernels take, read from the built library on a machine without a GPU.
 
-``python -m bench static_cuda [--out FILE]`` reports registers, spilled bytes, shared memory, instructions and
-the widths of accesses of every kernel in ``libfused_optim_cuda.so``, by capability; of ``step`` with fp32
-planes also bytes and instructions per element and the share of the issue budget. The status is 1 if a kernel
-spills or ``step`` moves other bytes than its codecs' model says.
+``python -m bench static_cuda [--out FILE]`` reports registers, spilled bytes, shared memory, instructions
+and the widths of accesses of every kernel in ``libfused_optim_cuda.so``, by capability. Of launches with the
+codecs that people train with it reports bytes and instructions per element, the share of the issue budget and
+what bounds the time. The status is 1 if a kernel spills or a launch moves other bytes than its codecs' model.
 
-One kernel has the code of every codec and learns from the launch which of it to run. Only the path of fp32
-planes can be told from the code: that of the widest accesses without conversions. What an element takes with
-other codecs would need the branches followed with a launch's values, so of them nothing is said.
+One kernel has the code of every codec and learns from the launch which of it to run: cuda_paths.py follows
+its branches with a launch's values. The path of fp32 planes in ``step`` can be told from the code alone: that
+of the widest accesses without conversions.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import importlib
 import math
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,10 @@ from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import bytes_moved
 from fused_optim.kernels.triton.budget import instructions_per_byte
 
+from . import cuda_paths
 from .compiled import NOTE
+from .cuda_launches import constants
+from .cuda_paths import Function, LaunchReport, Unit
 from .machine_code import Instruction, executed_path, executed_per_tile, instructions, main_loop, resources
 from .record import add_out, begin, save
 from .tables import Table, show
@@ -187,10 +192,30 @@ def usages(listing: str) -> Iterator[Usage]:
             yield Usage(found["function"], sm, exact, resources(found["resources"]))
 
 
-def _code(sass: str) -> dict[str, list[Instruction]]:
-    """Instructions by function in what ``cuobjdump -sass`` prints for one capability."""
+@cache
+def machine_code(tool: str, file: Path, sm: int) -> dict[str, str]:
+    """By function, what ``cuobjdump -sass`` prints for one capability."""
+    sass = dump(tool, file, "-sass", "-arch", f"sm_{sm}")
     functions = (text.partition("\n") for text in re.split(r"\n\s*Function : ", sass)[1:])
-    return {name.strip(): instructions(code) for name, _, code in functions}
+    return {name.strip(): code for name, _, code in functions}
+
+
+def unit(tool: str, file: Path, sm: int) -> Unit:
+    """The kernels of the library for one capability, to be followed.
+
+    Raises:
+        MissingToolError: the library cannot be opened, and so does not say how it numbers codecs.
+    """
+    functions = dict[Function, str]()
+    for usage in usages(dump(tool, file, "-res-usage")):
+        name = _KERNEL.search(usage.function)
+        if usage.sm == sm and name:
+            functions[name[1], name[2], usage.exact] = usage.function
+    try:
+        numbers = library.Library("cuda", ctypes.CDLL(str(file))).codecs
+    except (OSError, AttributeError) as error:
+        raise MissingToolError(f"{file} cannot be opened: {error}") from error
+    return Unit(sm, functions, machine_code(tool, file, sm), constants(tool, file, sm), numbers)
 
 
 def _access(code: Iterable[Instruction]) -> tuple[int, ...]:
@@ -220,7 +245,7 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
             listed = ", ".join(f"sm_{sm}" for sm in there)
             raise MissingToolError(f"{file} has no code for sm_{sm}, only for {listed}")
         own = [usage for usage in found if usage.sm == sm]
-        code = _code(dump(tool, file, "-sass", "-arch", f"sm_{sm}"))
+        code = {name: instructions(sass) for name, sass in machine_code(tool, file, sm).items()}
         for function, _, exact, taken in own:
             name = _KERNEL.search(function)
             kernel, rule = name.groups() if name else (function, None)
@@ -243,6 +268,16 @@ def reports(tool: str, file: Path, capabilities: Iterable[int] | None) -> list[R
                 )
             )
     return sorted(result, key=lambda r: (r.sm, r.kernel, r.rule or "", r.arithmetic))
+
+
+def launches(tool: str, file: Path, capabilities: Iterable[int]) -> tuple[list[LaunchReport], list[str]]:
+    """What launches take for these capabilities, and what cannot be told."""
+    found, faults = list[LaunchReport](), list[str]()
+    for sm in capabilities:
+        of_unit = cuda_paths.reports(unit(tool, file, sm), cuda_paths.cases())
+        found += of_unit[0]
+        faults += of_unit[1]
+    return found, faults
 
 
 def _cells(kernel: Mapping[str, Any]) -> list[str]:
@@ -284,19 +319,25 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         file = options.library or built()
-        found = reports(cuobjdump(), file, options.sm)
+        tool = cuobjdump()
+        found = reports(tool, file, options.sm)
+        followed, unknown = launches(tool, file, sorted({report.sm for report in found}))
     except MissingToolError as missing:
         parser.error(str(missing))
     kernels = [asdict(report) | {"used": report.used, "bound": report.bound} for report in found]
+    paths = [asdict(report) | {"used": report.used, "bound": report.bound} for report in followed]
     show(table(kernels))
+    show(cuda_paths.table(paths))
     stale = _stale(file)
     if stale:
         print(f"{file} is older than {', '.join(stale)} of csrc/: build it again with `pip install -e .`")
     content = file.read_bytes()
     built_from = {"library": hashlib.sha256(content).hexdigest()[:12], "compiler": compiler(content)}
     head = begin("static_cuda", argv, torch.device("cpu"))
-    save({**head, "note": NOTE, **built_from, "stale": stale, "kernels": kernels}, options.out)
+    counted = {"stale": stale, "kernels": kernels, "launches": paths}
+    save({**head, "note": NOTE, **built_from, **counted}, options.out)
     faults = [f"{r.kernel} {r.rule or ''} {r.arithmetic} sm_{r.sm} {r.fault}" for r in found if r.fault]
+    faults += unknown
     print("\n".join(faults) or f"none of {len(found)} kernels spills")
     return 1 if faults else 0
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import static_cuda
+from bench.cuda_paths import Case, LaunchReport, Unit, cases
 from bench.machine_code import executed_path, instructions, main_loop
+from bench.machine_operands import UnknownCodeError
+from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.native import library
 from fused_optim.kernels.triton.budget import USABLE_SHARE
 from tests.compiling import ROOT
@@ -46,6 +50,9 @@ SASS = """
 """
 
 
+LAUNCH = LaunchReport("step", "lion", None, "fp32/fp32/fp32", "exact", 90, 12.0, 8.0, 33.0, 138.0, (16,))
+
+
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """By option, what cuobjdump prints of a library."""
@@ -54,6 +61,7 @@ def listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     file.write_bytes(b"\0Cuda compilation tools, release 13.0, V13.0.88\0Build\0")
     monkeypatch.setattr(static_cuda, "cuobjdump", lambda: "cuobjdump")
     monkeypatch.setattr(static_cuda, "dump", lambda tool, file, option, *more: printed[option])
+    monkeypatch.setattr(static_cuda, "launches", lambda tool, file, capabilities: ([LAUNCH], []))
     monkeypatch.setattr(library, "path", lambda kind: file)
     return printed
 
@@ -74,6 +82,16 @@ def test_kernels_are_named_and_counted(listed: dict[str, str], tmp_path: Path) -
         {"kernel": "square_sum", "rule": None, "arithmetic": "exact", **counts},
         {"kernel": "step_coded", "rule": "sgd_momentum", "arithmetic": "fast", **counts},
     ]
+    assert written["launches"] == [{**asdict(LAUNCH), "access": [16], "used": 33 / 138, "bound": "memory"}]
+
+
+def test_a_launch_that_cannot_be_followed_is_a_status(
+    listed: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed["-res-usage"] = _usage(CODED) + _usage(SUM)
+    monkeypatch.setattr(static_cuda, "launches", lambda *_: ([LAUNCH], ["at 0x120: BRX: not known"]))
+    assert static_cuda.main([]) == 1
+    assert "at 0x120: BRX: not known" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spilled", [{"stack": 16}, {"local": 16}])
@@ -170,13 +188,19 @@ def test_plain_steps_move_what_they_must(installed: tuple[Path, list[static_cuda
         assert r.used is None or r.used <= USABLE_SHARE, r
 
 
-def test_no_kernel_grows(installed: tuple[Path, list[static_cuda.Report]]) -> None:
+@pytest.fixture(scope="module")
+def recorded(installed: tuple[Path, list[static_cuda.Report]]) -> dict[str, Any]:
+    """The committed counts, if the same compiler made the library."""
+    found = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
+    own = static_cuda.compiler(installed[0].read_bytes())
+    if own != found["compiler"]:
+        pytest.skip(f"cuda.json was counted with CUDA {found['compiler']}, the library is of {own}")
+    return found
+
+
+def test_no_kernel_grows(installed: tuple[Path, list[static_cuda.Report]], recorded: dict[str, Any]) -> None:
     """Beside the committed counts."""
-    file, found = installed
-    recorded = json.loads((ROOT / "bench" / "results" / "static" / "cuda.json").read_text())
-    own = static_cuda.compiler(file.read_bytes())
-    if own != recorded["compiler"]:
-        pytest.skip(f"cuda.json was counted with CUDA {recorded['compiler']}, the library is of {own}")
+    found = installed[1]
     keys = ("kernel", "rule", "arithmetic", "sm")
     before = {tuple(k[key] for key in keys): k for k in recorded["kernels"]}
     now = {tuple(k[key] for key in keys): k for k in map(asdict, found)}
@@ -191,3 +215,62 @@ def test_no_kernel_grows(installed: tuple[Path, list[static_cuda.Report]]) -> No
     ]
     faults += [f"{' '.join(map(str, key))}: not in the file" for key in now if key not in before]
     assert not faults, "\n".join([*faults, f"If this is wanted, count anew: {recorded['command']}"])
+
+
+@pytest.fixture(scope="module")
+def unit(installed: tuple[Path, list[static_cuda.Report]], recorded: dict[str, Any]) -> Unit:
+    """The installed kernels for sm_90, to be followed; another compiler may use unknown instructions."""
+    return static_cuda.unit(static_cuda.cuobjdump(), installed[0], 90)
+
+
+def test_fp32_planes_take_what_the_shortest_path_does(
+    unit: Unit, installed: tuple[Path, list[static_cuda.Report]]
+) -> None:
+    """Two ways to the same count."""
+    before = {(r.rule, r.arithmetic): r for r in installed[1] if r.kernel == "step"}
+    fp32 = [case for case in cases() if case.kernel == "step" and set(case.codecs) == {CODECS["fp32"]}]
+    for case in fp32:
+        for exact in (True, False):
+            found = unit.report(case, exact)
+            assert found.executed == before[case.name, found.arithmetic].executed, found
+    assert len(fp32) == len(before) / 2
+
+
+FOLLOWED = (
+    ("sgd", "bf16_sr/bf16"),
+    ("lion", "fp32/int8/fp32"),
+    ("lion", "bf16_split8/int4/bf16"),
+    ("adam", "bf16_split8/int8_companded/int8_companded_unsigned/bf16"),
+    ("adam_amsgrad", "fp32/fp8/fp8_unsigned/fp8_unsigned/fp32"),
+    ("sgd_momentum", "bf16/bf16/mask/bf16_split8/bf16"),
+    ("adam", "bf16/int8/int8_unsigned/mask/bf16_split16/bf16"),
+)
+
+
+@pytest.mark.parametrize(("rule", "storage"), FOLLOWED)
+def test_launches_move_what_they_must(rule: str, storage: str, unit: Unit, recorded: dict[str, Any]) -> None:
+    """`report` raises if other bytes are moved; nor do launches take more than the committed counts."""
+    case = next(case for case in cases() if (case.name, case.storage) == (rule, storage))
+    keys = ("kernel", "rule", "group", "storage", "arithmetic", "sm")
+    before = {tuple(launch[key] for key in keys): launch["executed"] for launch in recorded["launches"]}
+    for exact in (True, False):
+        found = asdict(unit.report(case, exact))
+        was = before[tuple(found[key] for key in keys)]
+        wanted = f"If this is wanted, count anew: {recorded['command']}"
+        assert found["executed"] <= 1.03 * was, wanted
+
+
+def test_only_rare_cases_are_guessed(unit: Unit) -> None:
+    """In fast arithmetic plain rules have none, and block codecs one: the division that makes a scale."""
+    for case in cases():
+        if case.name == "lion" and case.kernel != "step_masked":
+            blocks = any(codec.block > 1 for codec in case.codecs)
+            assert len(unit.way(case, False).guessed) == blocks, case.storage
+
+
+def test_other_bytes_in_a_launch_are_an_error(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Case, "model", (12.0, 4.0))
+    with pytest.raises(
+        UnknownCodeError, match=r"step lion exact sm_90 fp32/fp32/fp32 moves 12 \+ 8 bytes, not"
+    ):
+        unit.report(next(case for case in cases() if case.name == "lion"), True)

@@ -226,6 +226,15 @@ def test_compiled_steps() -> None:
     assert {k["kernel"] for k in too_many if k["bound"] != "memory"} == {"adam"}
 
 
+def test_cuda_kernels() -> None:
+    """Those that learn of codecs when they run are bound by instructions."""
+    launches = json.loads((RESULTS.parent / "static" / "cuda.json").read_text())["launches"]
+    key = {"rule": "adam", "storage": "fp32/int8/int8_unsigned/fp32", "arithmetic": "fast", "sm": 90}
+    (launch,) = (k for k in launches if key.items() <= k.items())
+    said = re.search(r"states takes (\d+) % of the budget, so that (\w+) bound", " ".join(TEXT.split()))
+    assert said and said.groups() == (f"{launch['used']:.0%}".rstrip("%"), launch["bound"])
+
+
 def test_trainings() -> None:
     text = " ".join(TEXT.split())
     figures = re.findall(r"([\d.]+) bytes(?: per parameter)?, (?:ends )?at ([\d.]+)", text)

@@ -44,7 +44,7 @@ def sr_ste(
     """A new mask in every forward pass, the gradient passed straight through, pruned weights regularised."""
     optimizer, mask = make([w]), torch.ones_like(w)
     for t in range(steps):
-        if t == dense or t > dense and t % every == 0:
+        if t == dense or (t > dense and t % every == 0):
             mask = nm(w, 2, 4)
         yield (w * mask).detach()
         w.grad = gradient(w * mask) + decay * (1 - mask) * w.detach()

@@ -15,7 +15,7 @@ import torch
 import fused_optim
 from bench import sparse_learning
 from fused_optim.master import full_precision
-from fused_optim.sparsity import load_sparse, masks_of
+from fused_optim.sparsity import CAST, load_sparse, masks_of
 from fused_optim.training import pretrain, report, sparse
 from fused_optim.training.config import parse, resolve
 from fused_optim.training.data import load_corpus, validation_batches
@@ -231,6 +231,12 @@ def test_bad_options_are_one_line(
     assert error.startswith("pretrain: error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("dense_steps", "pruning"), [("3", 2), ("7", 1)])
+def test_cast_has_pruned_after_half_of_its_steps(dense_steps: str, pruning: int) -> None:
+    recipe = sparse.build_recipe(resolve(parse([*RUN, "--sparsity", "cast", "--dense-steps", dense_steps])))
+    assert recipe == CAST(total_steps=pruning)
+
+
 def test_matrices_of_cast_have_a_learning_rate_of_their_own() -> None:
     config = resolve(parse(["--sparsity", "cast"]))
     trained = resolve(parse([]))
@@ -274,9 +280,10 @@ def test_recipes_beside_each_other(text: Path, tmp_path: Path, capsys: pytest.Ca
     assert sparse_learning.main(["--data", str(text), *options, "--cases", "dense", "asp"]) == 2
 
 
-def test_cast_takes_a_dense_model_over(text: Path) -> None:
-    """AdamW without masks up to there, then AdamS on the same weights, all 24 bits of them."""
-    options = ["--sparsity", "cast", "--dense-steps", "3", "--storage", "split8+int8", "--warmup-steps", "2"]
+@pytest.mark.parametrize("storage", ["split8+int8", "fp32"])
+def test_cast_takes_a_dense_model_over(storage: str, text: Path) -> None:
+    """AdamW without masks up to there, then AdamS on the same weights, all bits of them."""
+    options = ["--sparsity", "cast", "--dense-steps", "3", "--storage", storage, "--warmup-steps", "2"]
     config = resolve(parse(["--data", str(text), *RUN, *options]))
     corpus = load_corpus(str(text), None)
     trainer = Trainer("fused_optim", config, corpus)
@@ -294,8 +301,14 @@ def test_cast_takes_a_dense_model_over(text: Path) -> None:
     assert type(after) is fused_optim.CASTAdamS and masks_of(after)
     for param, weight in zip(trainer.model.parameters(), weights, strict=True):
         assert torch.equal(full_precision(after, param), weight)
-    # It warms up anew, under the schedule of the whole run.
-    assert trainer.schedule.get_last_lr()[0] == pytest.approx(config.lr / 3)
+    # What has no masks goes on with its averages.
+    masked = {p for p, state in after.state.items() if "mask" in state}
+    assert len(masked) == len(MATRICES)
+    for param in trainer.model.parameters():
+        assert param in masked or after.state[param] is before.state[param]
+        assert param not in masked or after.state[param]["step"] == 0
+    # The schedule is that of the whole run: there is no second warm-up.
+    assert trainer.schedule.get_last_lr()[0] == config.lr
 
 
 def test_a_group_with_too_many_is_found() -> None:

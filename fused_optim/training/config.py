@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dense-steps",
         type=int,
         metavar="N",
-        help="steps before anything is pruned (one-shot and sr-ste: half of the steps, cast: 70 %%, "
-        "mask-decay: 40 %%, structure-decay: 0)",
+        help="steps before anything is pruned (one-shot and sr-ste: half of the steps, mask-decay and cast: "
+        "40 %%, structure-decay: 0)",
     )
     add(
         "--pruned-decay",

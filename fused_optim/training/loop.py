@@ -128,9 +128,15 @@ class Trainer:
         self.schedule = build_schedule(optimizer, self.config, step)
 
     def _retrain(self) -> None:
-        """The recipe's own optimizer takes the weights over, with the precision that they have."""
-        assert isinstance(self.optimizer, FusedOptimizer)
-        self._begin(self.step, [full_precision(self.optimizer, p) for p in self.model.parameters()])
+        """The recipe's own optimizer takes the weights over, with the precision that they have.
+
+        Parameters without masks go on as they were, with their averages.
+        """
+        before = self.optimizer
+        assert isinstance(before, FusedOptimizer)
+        self._begin(self.step, [full_precision(before, p) for p in self.model.parameters()])
+        state = self.optimizer.state
+        state.update({p: was for p, was in before.state.items() if "mask" not in state.get(p, {})})
         self.record.memory.pop("states")
 
     @property

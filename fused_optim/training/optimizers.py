@@ -122,10 +122,10 @@ def wsd(step: int, steps: int, warmup: int, decay: int) -> float:
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: Any, first: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule as torch runs it, of an optimizer that begins, warming up, with the step ``first``."""
+    """The schedule as torch runs it, of an optimizer that begins with the step ``first``."""
     warmup, decay = config.warmup_steps, config.decay_steps
 
     def factor(step: int) -> float:
-        return min(wsd(first + step, config.steps, warmup, decay), (step + 1) / (warmup + 1))
+        return wsd(first + step, config.steps, warmup, decay)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -65,7 +65,8 @@ def _masked_decay(config: Any, n: int, m: int) -> Sparsity:
 
 
 def _cast(config: Any, n: int, m: int) -> Sparsity:
-    return CAST(n=n, m=m, total_steps=config.steps - config.dense_steps)
+    # Not all of the remaining steps: what is kept learns without the others while the learning rate falls.
+    return CAST(n=n, m=m, total_steps=max(1, (config.steps - config.dense_steps) // 2))
 
 
 RECIPES = {
@@ -74,7 +75,7 @@ RECIPES = {
     "mask-decay": Recipe(_mask_decay, dense_share=0.4),
     "structure-decay": Recipe(_structure_decay, dense_share=0.0),
     "masked-decay": Recipe(_masked_decay, decay=1e-4),
-    "cast": Recipe(_cast, dense_share=0.7, decay=1e-3, lr_factor=0.6),
+    "cast": Recipe(_cast, dense_share=0.4, decay=1e-3, lr_factor=0.4),
 }
 """AdamS of CAST normalises by the momentum and not by the gradient: its steps are up to 4 times as long."""
 

@@ -85,12 +85,12 @@ def register_bound(rule: Rule, codecs: Sequence[Codec], exact: bool, capability:
     if rule.inner is not None or blocks == 0:
         return None
     if capability >= 100:
-        if blocks == 1:
-            return ONE_STATE_BOUNDS.get((rule.name, codecs[0].name, codecs[1].name, exact))
+        own = OWN_BOUNDS.get((rule.name, codecs[0].name, codecs[1].name, exact))
+        if own is not None or blocks == 1:
+            return own
         cost = sum(CODEC_INSTRUCTIONS.get(codec.name, 0) for codec in codecs)
-        # 4-bit states; in exact arithmetic also 8-bit ones beside a correction of the parameter.
-        if blocks == 2 and exact and cost > 60:
-            return 168
+        if blocks == 2 and exact and cost > 40:
+            return 168 if cost > 60 else 144
         if blocks == 3 and not exact and cost > 100:
             return 128
     if not exact or blocks == 1:
@@ -98,14 +98,16 @@ def register_bound(rule: Rule, codecs: Sequence[Codec], exact: bool, capability:
     return 128 if blocks == 2 else 208
 
 
-ONE_STATE_BOUNDS = {
+OWN_BOUNDS = {
+    ("adam", "bf16_split8", "int4", False): 104,
+    ("adam_amsgrad", "fp32", "int8_companded", False): 104,
     ("sgd_momentum", "bf16_split8", "int8_companded", False): 72,
     ("sgd_momentum", "bf16_sr", "int8", False): 80,
-    ("sgd_momentum", "bf16_sr", "int4", False): 96,
+    ("sgd_momentum", "bf16_sr", "int4", False): 100,
     ("sgd_momentum", "bf16", "fp8", False): 96,
     ("sgd_momentum", "bf16", "fp8", True): 128,
 }
-"""By rule, parameter, state and exactness, from sm_100 on. A bound would harm kernels that seem alike."""
+"""By rule, parameter, first state and exactness, from sm_100 on. A bound would harm kernels that seem alike."""
 
 TILES_OF_A_PROGRAM = 8
 """At most, where so many programs are left that the last ones to end do not matter."""

@@ -107,7 +107,7 @@ OWN_BOUNDS = {
     ("sgd_momentum", "bf16", "fp8", False): 96,
     ("sgd_momentum", "bf16", "fp8", True): 128,
 }
-"""By rule, parameter, first state and exactness, from sm_100 on. A bound would harm kernels that seem alike."""
+"""By rule, parameter, first state, exactness; from sm_100 on. A bound would harm kernels that seem alike."""
 
 TILES_OF_A_PROGRAM = 8
 """At most, where so many programs are left that the last ones to end do not matter."""

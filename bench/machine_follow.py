@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from .machine_kernel import Kernel
+from .machine_kernel import JUMPS, Kernel
 from .machine_operands import Code, Operand, UnknownCodeError, following
 from .machine_words import (
     OF_DATA,
@@ -131,7 +131,7 @@ class Block:
         if base == "BRA":
             return self._branch(index, one, mask)
         active = self._lanes_of(one, one.guard, mask)
-        if base in ("EXIT", "BRX", "RET", "CALL", "BSSY", "BSYNC", "BREAK", "BAR"):
+        if base in ("EXIT", *JUMPS, "CALL", "BSSY", "BSYNC", "BREAK", "BAR"):
             if active is None:
                 raise self.kernel.error(one, "its predicate is not known")
             self._control(index, one, mask, active)
@@ -162,7 +162,7 @@ class Block:
             self._waiting[index] = self._waiting.get(index, 0) | active
         elif one.base == "CALL":
             self._go(self.kernel.index_of[one.target], active)
-        elif one.base in ("BRX", "RET"):
+        elif one.base in JUMPS:
             self._jump(one, self._read(one.operands[0], one), active)
         else:
             before = self._barriers.get(names[0], 0)
@@ -232,7 +232,7 @@ class Block:
     def _compute(self, one: Code, mask: int, known: bool) -> None:
         register, predicates = one.written
         results: Sequence[Value] = (None,) * (1 + len(predicates))
-        if one.base == "P2R":
+        if one.base in ("P2R", "UP2UR"):
             results = (self._packed_predicates(one),)
         elif one.base in ("LOP3", "ULOP3"):
             results = combined_bits([self._read(operand, one) for operand in one.inputs])
@@ -259,10 +259,11 @@ class Block:
         return computed(OPERATIONS[one.base], one.parts, values, flags, 1 + predicates)
 
     def _packed_predicates(self, one: Code) -> Value:
-        """P2R: the lower predicates as bits of a register."""
+        """P2R and UP2UR: the lower predicates as bits of a register."""
         _, _, rest, which = one.operands
+        kind = "UP" if one.base == "UP2UR" else "P"
         selected = [which.number >> i & 1 for i in range(7)]
-        bits = [self._registers.get(f"P{i}", 0) if chosen else 2 for i, chosen in enumerate(selected)]
+        bits = [self._registers.get(f"{kind}{i}", 0) if chosen else 2 for i, chosen in enumerate(selected)]
         return packed(self._read(rest, one), bits)
 
     def _unpack_predicates(self, one: Code, mask: int, known: bool) -> None:

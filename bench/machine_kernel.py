@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from .machine_operands import Code, UnknownCodeError
 
+JUMPS = ("BRX", "BRXU", "RET")
+"""To an address in a register."""
+
 
 class Kernel:
     """A kernel's instructions, and where they lead."""
@@ -29,7 +32,7 @@ class Kernel:
                 continue
             one, found[i] = self.code[i], far
             reached = [i + 1]
-            if one.base in ("EXIT", "BRX", "RET") and one.guard is None:
+            if one.base in ("EXIT", *JUMPS) and one.guard is None:
                 reached = []
             if one.base == "BRA":
                 always = one.guard is None and len(one.operands) == 1
@@ -54,7 +57,7 @@ class Kernel:
             meet = min(both, key=lambda i: (distances[0][i] + distances[1][i], i))
             for distance in distances:
                 before = [self.code[i] for i, far in distance.items() if far < distance[meet]]
-                if any(one.streams or one.base == "BRX" for one in before):
+                if any(one.streams or one.base in ("BRX", "BRXU") for one in before):
                     raise self.error(self.code[branch], "elements or codecs depend on an unknown branch")
             self._shorter[branch] = min(zip(distances, ways, strict=True), key=lambda way: way[0][meet])[1]
         return self._shorter[branch]

@@ -163,7 +163,8 @@ def computed(
         return _agreed(compute, parts, single, predicates, outputs)
     rows = zip(*map(lanes, inputs), strict=True)
     results = [_agreed(compute, parts, row, predicates, outputs) for row in rows]
-    return tuple(shared(column) for column in zip(*results, strict=True))
+    # Of what is not known less may be said.
+    return tuple(shared(column) for column in itertools.zip_longest(*results))
 
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {

@@ -70,7 +70,7 @@ struct int8_unsigned : BlocksOf<256, 8, 32> {
 // Even steps of n / (1 + |n|), which is steeper near zero.
 struct int8_companded : BlocksOf<64, 8, 16> {
   static FO_INLINE F value(U code, const char*) {
-    F q = to_float((code ^ U(0x80u)) - 0x80u);
+    F q = to_float(signed_byte(code));
     return small_quotient(q, F(254.0f) - as_float(magnitude(q)));
   }
   static FO_INLINE U code(F n, const char*) {

@@ -125,7 +125,7 @@ struct bf16_split16 : EachForItself {
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
-    U bits = select(x != x, U(0x7fc00000u), as_bits(x));
+    U bits = canonical(x);
     at.put(0, high_half(bits + 0x8000u));
     at.put(1, narrow(bits));
   }
@@ -143,10 +143,14 @@ struct bf16_split8 : EachForItself {
   }
   template <class At>
   static FO_INLINE void encode(F x, At at) {
-    // No change to the upper 24 bits of an infinity.
-    U bits = as_bits(x), rounded = select(x != x, U(0x7fc00000u), bits + 0x7fu + ((bits >> 8) & 1u));
-    at.put(0, high_half(rounded + 0x8000u));
-    at.put(1, low_byte(rounded >> 8));
+    U bits = rounded(x);
+    at.put(0, high_half(bits + 0x8000u));
+    at.put(1, low_byte(bits >> 8));
+  }
+  // To 24 bits; no change to those of an infinity or of a NaN.
+  static FO_INLINE U rounded(F x) {
+    U bits = canonical(x);
+    return bits + 0x7fu + ((bits >> 8) & 1u);
   }
 };
 

@@ -39,11 +39,12 @@ __global__ void __launch_bounds__(THREADS)
   int2 tile = tiles[blockIdx.x];
   int64_t tensor = tile.x, n = table.at(NUMEL, tensor);
   int64_t start = tile.y * static_cast<int64_t>(TILE), end = start + TILE < n ? start + TILE : n;
-  Slot slot{gradients.codec, {table.plane(gradients.column, tensor)}, nullptr};
+  Slot slot{gradients.codec, {table.plane(gradients.column, tensor)}, nullptr}, of_tile = slot;
+  of_tile.planes[0] += start * (slot.codec == id_fp32 ? 4 : 2);
   double sum = 0;
   if (!gradients.layouts && table.at(ALIGNED, tensor)) {
-    Groups groups{start + threadIdx.x * 4, 4 * THREADS};
-    for (; start + ROUND <= end; start += ROUND, groups.first += ROUND) sum += squares(slot, groups);
+    Groups groups{threadIdx.x * 4, 4 * THREADS};
+    for (; start + ROUND <= end; start += ROUND, groups.first += ROUND) sum += squares(of_tile, groups);
   }
 #pragma unroll 1
   for (int64_t i = start + threadIdx.x; i < end; i += THREADS) {

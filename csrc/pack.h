@@ -10,74 +10,7 @@
 
 #ifdef __CUDACC__
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-namespace {
-
-using F = float;
-using U = uint32_t;
-using H = uint16_t;
-using B = uint8_t;
-using Mask = bool;
-
-FO_INLINE F select(bool mask, F yes, F no) { return mask ? yes : no; }
-FO_INLINE U select(bool mask, U yes, U no) { return mask ? yes : no; }
-FO_INLINE F larger(F a, F b) { return a > b ? a : b; }
-FO_INLINE U where_above_zero(F x, U yes) { return x > 0 ? yes : 0; }
-FO_INLINE U as_bits(F x) { return __float_as_uint(x); }
-FO_INLINE F as_float(U x) { return __uint_as_float(x); }
-FO_INLINE U widen(H x) { return x; }
-FO_INLINE U widen(B x) { return x; }
-FO_INLINE H narrow(U x) { return static_cast<H>(x); }
-FO_INLINE H high_half(U x) { return static_cast<H>(x >> 16); }
-FO_INLINE B low_byte(U x) { return static_cast<B>(x); }
-FO_INLINE U sign_extend(B x) { return static_cast<U>(static_cast<int8_t>(x)); }
-FO_INLINE U sign_extend(H x) { return static_cast<U>(static_cast<int16_t>(x)); }
-// In the fast arithmetic a written a * b may become part of another operation, and a / b an approximation.
-FO_INLINE F product(F a, F b) { return __fmul_rn(a, b); }
-FO_INLINE F sum(F a, F b) { return __fadd_rn(a, b); }
-FO_INLINE F difference(F a, F b) { return __fsub_rn(a, b); }
-FO_INLINE F quotient(F a, F b) { return __fdiv_rn(a, b); }
-#ifdef __CUDA_ARCH__
-FO_INLINE F rough_reciprocal(F x) {
-  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-FO_INLINE F rough_reciprocal_root(F x) {
-  asm("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-#else
-FO_INLINE F rough_reciprocal(F x) { return 1.0f / x; }
-FO_INLINE F rough_reciprocal_root(F x) { return 1.0f / sqrtf(x); }
-#endif
-// Quotient and root of a codec's values, none of which is large, with b from 1/4 to 256. They are what nvcc
-// makes of an exact division and root, without its calls for operands from the ends of the range, which cost
-// registers wherever they may happen: what is near 2^-100 is not exact here.
-FO_INLINE F small_quotient(F a, F b) {
-  F rough = rough_reciprocal(b), inverse = __fmaf_rn(rough, __fmaf_rn(-b, rough, 1.0f), rough);
-  F q = product(a, inverse);
-  return __fmaf_rn(inverse, __fmaf_rn(-b, q, a), q);
-}
-FO_INLINE F small_root(F x) {
-  F rough = rough_reciprocal_root(x), root = product(x, rough);
-  return __fmaf_rn(__fmaf_rn(-root, root, x), product(rough, 0.5f), root);
-}
-FO_INLINE bool above(U a, U b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b); }
-FO_INLINE U at_most(U x, U limit) { return above(x, limit) ? limit : x; }
-FO_INLINE U at_least(U x, U limit) { return above(limit, x) ? limit : x; }
-FO_INLINE F to_float(U x) { return __int2float_rn(static_cast<int32_t>(x)); }
-FO_INLINE U round_to_integer(F x) { return static_cast<U>(__float2int_rn(x)); }
-// Of the lower half of `a`.
-FO_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffffu) * b; }
-FO_INLINE F look_up(const float* table, U index) { return __ldg(table + index); }
-FO_INLINE F pick(const float (&table)[16], U index) { return table[index]; }
-FO_INLINE H float_to_bfloat(F x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
-FO_INLINE F half_to_float(H x) { return __half2float(__ushort_as_half(x)); }
-FO_INLINE H float_to_half(F x) { return __half_as_ushort(__float2half_rn(x)); }
-
-}  // namespace
+#include "pack_cuda.h"
 
 #else
 
@@ -261,6 +194,10 @@ FO_INLINE F product(F a, F b) { return a * b; }
 FO_INLINE F sum(F a, F b) { return a + b; }
 FO_INLINE F difference(F a, F b) { return a - b; }
 FO_INLINE F quotient(F a, F b) { return a / b; }
+// Of rules, which CUDA's fast arithmetic approximates.
+FO_INLINE F ratio(F a, F b) { return a / b; }
+FO_INLINE F root(F x) { return sqrt(x); }
+FO_INLINE F normal(F x) { return x; }
 #if defined(__AVX512F__)
 // Quotient and root of a codec's values, none of which is large, with b from 1/4 to 256: approximated and
 // corrected, because the divider takes five times as long. What is near 2^-100 is not exact here.
@@ -285,6 +222,8 @@ FO_INLINE F small_root(F x) {
 FO_INLINE F small_quotient(F a, F b) { return a / b; }
 FO_INLINE F small_root(F x) { return sqrt(x); }
 #endif
+
+FO_INLINE U canonical(F x) { return select(x != x, U(0x7fc00000u), as_bits(x)); }
 
 // Not AVX-512's own conversion: that one takes denormals for zero.
 FO_INLINE H float_to_bfloat(F x) {
@@ -355,9 +294,15 @@ FO_INLINE F cut_off(F x, F rounded) {
 // 8-bit floats with 4 exponent bits, without infinities, in the lowest bits. Not more than 448 is converted.
 FO_INLINE F e4m3_to_float(U bits) {
   U sign = (bits & 0x80u) << 24, size = bits & 0x7fu;
+#ifdef __CUDACC__
+  // Shifted into a float's fields, the exponent is 120 too small; the product also normalises denormals.
+  F finite = product(as_float((size << 20) | sign), 0x1p120f);
+  return size == 0x7fu ? as_float(0x7fc00000u) : finite;
+#else
   U normal = (size << 20) + 0x3c000000u, denormal = as_bits(product(to_float(size), F(0x1p-9f)));
   U finite = select(above(U(8u), size), denormal, normal);
   return as_float(select(above(size, U(0x7eu)), U(0x7fc00000u), finite) | sign);
+#endif
 }
 FO_INLINE U float_to_e4m3(F x) {
   U sign = (as_bits(x) >> 24) & 0x80u, size = at_most(magnitude(x), U(0x43e00000u));

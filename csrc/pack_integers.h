@@ -16,6 +16,9 @@ FO_INLINE U as_unsigned(Ints x) {
   return r;
 }
 
+// Of what has no other bits.
+FO_INLINE U signed_byte(U x) { return (x ^ U(0x80u)) - 0x80u; }
+
 // As signed numbers, because AVX2 compares no others.
 FO_INLINE Mask above(U a, U b) { return as_signed(a) > as_signed(b); }
 FO_INLINE U at_most(U x, U limit) {

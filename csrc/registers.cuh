@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "slot.h"
 
 namespace {
@@ -56,11 +58,21 @@ FO_INLINE void decode(int codec, Words<COUNT>& words, F* values) {
     for (int e = 0; e < COUNT; ++e) values[e] = c.decode(Element<decltype(c), COUNT>{words, e});
   });
 }
+// To bf16, two with one instruction.
+template <int COUNT>
+FO_INLINE void encode_pairs(const F* values, Words<COUNT>& words) {
+#pragma unroll
+  for (int e = 0; e < COUNT; e += 2) words.word[e / 2] = bfloat_pair(values[e], values[e + 1]);
+}
 template <int COUNT>
 FO_INLINE void encode(int codec, const F* values, Words<COUNT>& words) {
   with_plain(codec, [&](auto c) {
+    if constexpr (std::is_same_v<decltype(c), bf16> && COUNT > 1) {
+      encode_pairs(values, words);
+    } else {
 #pragma unroll
-    for (int e = 0; e < COUNT; ++e) c.encode(values[e], Element<decltype(c), COUNT>{words, e});
+      for (int e = 0; e < COUNT; ++e) c.encode(values[e], Element<decltype(c), COUNT>{words, e});
+    }
   });
 }
 
@@ -85,19 +97,21 @@ FO_INLINE void move(char* memory, uint32_t* words) {
 // warp are neighbours as well, so that each of its accesses covers whole cache lines.
 struct Groups {
   static constexpr int COUNT = 8;
-  int64_t first;
-  int64_t gap;
+  // Counted from the first element of a plane's part.
+  uint32_t first, gap;
 
   template <Direction direction, int BYTES>
   FO_INLINE void plane(char* memory, uint32_t* words) const {
+    char* here = memory + static_cast<uint64_t>(first) * BYTES;
+    char* there = memory + static_cast<uint64_t>(first + gap) * BYTES;
     if (BYTES == 4) {
-      move<direction, uint4>(memory + first * 4, words);
-      move<direction, uint4>(memory + (first + gap) * 4, words + 4);
+      move<direction, uint4>(here, words);
+      move<direction, uint4>(there, words + 4);
     } else if (gap == 4) {
-      move<direction, uint4>(memory + first * 2, words);
+      move<direction, uint4>(here, words);
     } else {
-      move<direction, uint2>(memory + first * 2, words);
-      move<direction, uint2>(memory + (first + gap) * 2, words + 2);
+      move<direction, uint2>(here, words);
+      move<direction, uint2>(there, words + 2);
     }
   }
 };
@@ -126,6 +140,20 @@ FO_INLINE void move(const Slot& slot, const Where& where, Words<Where::COUNT>& w
 // Elements of a block in one round of Groups, and of a block.
 constexpr int ROUND = THREADS * Groups::COUNT;
 constexpr int TILE = ROUND * ROUNDS;
+
+// Where something is in shared memory: kept in a register, because ptxas knows no better than to compute the
+// address of a variable for every access.
+#ifdef __CUDA_ARCH__
+using Address = uint32_t;
+FO_INLINE Address address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+FO_INLINE const void* at_address(Address address) { return __cvta_shared_to_generic(address); }
+#else
+using Address = const void*;
+FO_INLINE Address address_of(const void* shared) { return shared; }
+FO_INLINE const void* at_address(Address address) { return address; }
+#endif
 
 FO_INLINE int64_t offset(fo::Layout layout, const int64_t* strides, int64_t i) {
   int64_t offset = 0;

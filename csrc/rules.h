@@ -23,8 +23,8 @@ struct adam {
     v = b2 * v + (w2 * g) * g;
   }
   FO_INLINE void finish(F& p, F m, F v) const {
-    F d = sqrt(v) * c2 + eps;
-    p = p - (step_size * (m / d) + decay * p);
+    F d = root(v) * c2 + normal(eps);
+    p = p - (step_size * ratio(m, d) + decay * p);
   }
 };
 
@@ -85,7 +85,7 @@ struct cast_adam {
     F mixed = select(keep, m, kept_part * m + l1 * sign(p));
     F x = c1 * mixed;
     v = b2 * v + (w2 * x) * x;
-    p = p - step_size * (mixed / (sqrt(v) * c2 + eps));
+    p = p - step_size * ratio(mixed, root(v) * c2 + normal(eps));
   }
 };
 

@@ -42,15 +42,15 @@ FO_INLINE void update(const Slots<Rule>& slots, const Rule& rule, F g_scale, con
 
 // Unaligned and strided tensors, and the last elements of all others.
 template <class Rule>
-FO_INLINE void update_singles(const Launch& launch, int64_t tensor, const Slots<Rule>& slots,
-                              const Rule& rule, F g_scale, int64_t start, int64_t end) {
+FO_INLINE void update_singles(const Launch& launch, int2 tile, const Slots<Rule>& slots, const Rule& rule,
+                              F g_scale, uint32_t first, uint32_t end) {
 #pragma unroll 1
-  for (int64_t i = start + threadIdx.x; i < end; i += THREADS) {
+  for (uint32_t i = first + threadIdx.x; i < end; i += THREADS) {
     Single in_states{i}, in_param{i}, in_grad{i};
     if (launch.layouts) {
-      Layout layout{launch.layouts + launch.table.at(LAYOUT, tensor) * LAYOUT_LENGTH};
-      in_param.offset = offset(layout, layout.param_strides(), i);
-      in_grad.offset = offset(layout, layout.grad_strides(), i);
+      Layout layout{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
+      in_param.offset = offset(layout, layout.param_strides(), start_of(tile) + i);
+      in_grad.offset = offset(layout, layout.grad_strides(), start_of(tile) + i);
     }
     update(slots, rule, g_scale, in_param, in_states, in_grad);
   }
@@ -69,22 +69,21 @@ template <class Rule>
 __global__ void __launch_bounds__(THREADS, blocks_in_flight(2 + Rule::slots))
     step_kernel(const __grid_constant__ Launch launch) {
   int2 tile = launch.tiles[blockIdx.x];
-  int64_t tensor = tile.x, n = launch.table.at(NUMEL, tensor);
-  const float* row = launch.rows + launch.table.at(ROW, tensor) * launch.row_length;
-  Slots<Rule> slots(launch, tensor);
+  const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
+  Slots<Rule> slots(launch, tile.x, start_of(tile));
   Rule rule = with_scalars<Rule>(row + SCALARS);
   F g_scale = row[G_SCALE];
   if (row[ACTIVE] == 0) return;
-  int64_t start = tile.y * static_cast<int64_t>(TILE), end = start + TILE < n ? start + TILE : n;
-  if (!launch.layouts && launch.table.at(ALIGNED, tensor)) {
+  uint32_t first = 0, length = length_of(tile, launch.table.at(NUMEL, tile.x));
+  if (!launch.layouts && launch.table.at(ALIGNED, tile.x)) {
     bool neighbours = launch.neighbours;
-    Groups groups{start + threadIdx.x * (neighbours ? 8 : 4), neighbours ? 4 : 4 * THREADS};
+    Groups groups{threadIdx.x * (neighbours ? 8 : 4), neighbours ? 4u : 4u * THREADS};
 #pragma unroll 1
-    for (; start + ROUND <= end; start += ROUND, groups.first += ROUND) {
+    for (; first + ROUND <= length; first += ROUND, groups.first += ROUND) {
       update(slots, rule, g_scale, groups, groups, groups);
     }
   }
-  update_singles(launch, tensor, slots, rule, g_scale, start, end);
+  update_singles(launch, tile, slots, rule, g_scale, first, length);
 }
 
 template <class Rule, class Computed, class Home>
@@ -92,15 +91,24 @@ FO_INLINE void fetch(const Storage* storages, const Task<Rule, Computed>& task, 
                      const Place& place, Values<Rule, EIGHT>& values) {
   const Slots<Rule>& slots = task.slots;
   Bits<Rule, EIGHT> bits;
-  move<FETCH>(weights.storage, weights.slot, place, weights.lie, bits.param);
-  move<FETCH>(storages[1], slots.grad, place, task.of_grad, bits.grad);
+  if (place.vectors) {
+    move_round<FETCH, ELEMENTWISE_COUNT>(weights.storage, weights.slot, place, bits.param);
+    move_round<FETCH, PLAIN_COUNT>(storages[1], slots.grad, place, bits.grad);
+#pragma unroll
+    for (int i = 0; i < Rule::slots; ++i)
+      move_round<FETCH, CODEC_COUNT>(storages[2 + i], slots.states[i], place, bits.states[i]);
+  } else {
+    move_some<FETCH>(weights.storage, weights.slot, place, weights.lie, bits.param);
+    move_some<FETCH>(storages[1], slots.grad, place, task.of_grad, bits.grad);
+#pragma unroll
+    for (int i = 0; i < Rule::slots; ++i)
+      move_some<FETCH>(storages[2 + i], slots.states[i], place, Lie{}, bits.states[i]);
+  }
+  decode_elements(weights.storage, bits.param, values.p);
+  decode(storages[1].codec, bits.grad, values.g);
 #pragma unroll
   for (int i = 0; i < Rule::slots; ++i)
-    move<FETCH>(storages[2 + i], slots.states[i], place, Lie{}, bits.states[i]);
-  decode_param(weights.slot, bits.param, values.p);
-  decode(slots.grad.codec, bits.grad, values.g);
-#pragma unroll
-  for (int i = 0; i < Rule::slots; ++i) decode_state(slots.states[i], bits.states[i], values.s[i]);
+    decode_state(storages[2 + i], slots.states[i], bits.states[i], values.s[i]);
 }
 
 template <class Rule, class Computed>
@@ -110,15 +118,15 @@ FO_INLINE void put_states(const Storage* storages, const Task<Rule, Computed>& t
   for (int i = 0; i < Rule::slots; ++i) {
     Words<EIGHT> words;
     encode_state(storages[2 + i], task.slots.states[i], i, place, task.stream, values.s[i], words);
-    move<PUT>(storages[2 + i], task.slots.states[i], place, Lie{}, words);
+    put<CODEC_COUNT>(storages[2 + i], task.slots.states[i], place, Lie{}, words);
   }
 }
 
 template <class Home>
 FO_INLINE void put(const Home& weights, const Stream& stream, const Place& place, const F* p) {
   Words<EIGHT> words;
-  encode_param(weights.slot, place, stream, weights.number, p, words);
-  move<PUT>(weights.storage, weights.slot, place, weights.lie, words);
+  encode_elements(weights.storage, place, stream, weights.number, p, words);
+  put<ELEMENTWISE_COUNT>(weights.storage, weights.slot, place, weights.lie, words);
 }
 
 // The weights are put last, when the division of indices has registers again.
@@ -159,18 +167,22 @@ FO_INLINE void update_tile(const Launch& launch) {
   const float* row = launch.rows + launch.table.at(ROW, tile.x) * launch.row_length;
   if (row[ACTIVE] == 0) return;
   alignas(Task) __shared__ char memory[sizeof(Task)];
-  auto& task = *reinterpret_cast<Task*>(memory);
-  if (threadIdx.x == 0) new (memory) Task(launch, tile, row);
+  __shared__ Address address;
+  if (threadIdx.x == 0) {
+    new (memory) Task(launch, tile, row);
+    address = address_of(memory);
+  }
   __syncthreads();
+  const Task& task = *static_cast<const Task*>(at_address(address));
 #pragma unroll 1
-  for (int64_t first = task.start; first < task.end; first += ROUND) {
+  for (uint32_t first = 0; first < task.length; first += ROUND) {
     update(launch.storages, task, task.place(first, launch.neighbours));
   }
 }
 
-// By the number of states. With one block more for one or two states ptxas keeps 16 to 64 bytes of registers
-// in memory on some architecture (nvcc 13.0, November 2026); three states take 128 registers already.
-constexpr int coded_blocks_in_flight[] = {6, 5, 4, 4};
+// By the number of states. With one block more ptxas keeps 4 to 64 bytes of registers in memory on some
+// architecture (nvcc 13.0, November 2026).
+constexpr int coded_blocks_in_flight[] = {6, 5, 4, FO_EXACT ? 3 : 4};
 
 // Tensors of any codecs.
 template <class Rule>

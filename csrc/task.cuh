@@ -22,15 +22,27 @@ struct Launch {
   int group;
 };
 
+// The first element of a tile, and how many it has.
+FO_INLINE int64_t start_of(int2 tile) { return tile.y * static_cast<int64_t>(TILE); }
+FO_INLINE uint32_t length_of(int2 tile, int64_t elements) {
+  int64_t left = elements - start_of(tile);
+  return left < TILE ? static_cast<uint32_t>(left) : TILE;
+}
+
 template <class Rule>
 struct Slots {
   Slot param, grad, states[Rule::slots + 1];
 
-  FO_INLINE Slots(const Launch& launch, int64_t tensor) {
-    param = take(launch.storages[0], launch.table, tensor);
-    grad = take(launch.storages[1], launch.table, tensor);
+  // What has strides is taken from its begin on.
+  FO_INLINE Slots(const Launch& launch, int64_t tensor, int64_t start) {
+    param = take(launch.storages[0], launch.table, tensor, start);
+    grad = take(launch.storages[1], launch.table, tensor, start);
 #pragma unroll
-    for (int i = 0; i < Rule::slots; ++i) states[i] = take(launch.storages[2 + i], launch.table, tensor);
+    for (int i = 0; i < Rule::slots; ++i)
+      states[i] = take(launch.storages[2 + i], launch.table, tensor, start);
+    if (!launch.layouts) return;
+    param.planes[0] = launch.table.plane(launch.storages[0].column, tensor);
+    grad.planes[0] = launch.table.plane(launch.storages[1].column, tensor);
   }
 };
 
@@ -84,37 +96,34 @@ struct Task {
   Computed rule;
   F g_scale;
   Stream stream;
-  int64_t start, end;
-  bool aligned;
+  // How many elements the tile has, and how many of them may be moved in vectors.
+  uint32_t length, whole;
   Lie of_param, of_grad;
 
   FO_INLINE Task(const Launch& launch, int2 tile, const float* row)
-      : slots(launch, tile.x),
+      : slots(launch, tile.x, start_of(tile)),
         rule(with_scalars<Computed>(row + SCALARS)),
         g_scale(row[G_SCALE]),
         stream{as_bits(row[SEED]), as_bits(row[STEP]),
                static_cast<uint32_t>(launch.table.at(ORDINAL, tile.x)),
-               static_cast<uint64_t>(launch.table.at(DRAWN, tile.x))},
-        start(tile.y * static_cast<int64_t>(TILE)),
-        aligned(!launch.layouts && launch.table.at(ALIGNED, tile.x)),
+               static_cast<uint64_t>(launch.table.at(DRAWN, tile.x) + start_of(tile) / EIGHT)},
+        length(length_of(tile, launch.table.at(NUMEL, tile.x))),
+        whole(!launch.layouts && launch.table.at(ALIGNED, tile.x) ? length : 0),
         of_param(),
         of_grad() {
-    int64_t n = launch.table.at(NUMEL, tile.x);
-    end = start + TILE < n ? start + TILE : n;
     if (!launch.layouts) return;
     Layout strided{launch.layouts + launch.table.at(LAYOUT, tile.x) * LAYOUT_LENGTH};
-    of_param = {strided.record, strided.param_strides()};
-    of_grad = {strided.record, strided.grad_strides()};
+    of_param = {strided.record, strided.param_strides(), start_of(tile)};
+    of_grad = {strided.record, strided.grad_strides(), start_of(tile)};
   }
 
   // A thread's elements in the round that begins at `first`.
-  FO_INLINE Place place(int64_t first, bool neighbours) const {
-    bool vectors = aligned && first + ROUND <= end;
+  FO_INLINE Place place(uint32_t first, bool neighbours) const {
+    bool vectors = first + ROUND <= whole;
     neighbours = neighbours || !vectors;
     first += threadIdx.x * (neighbours ? 8 : 4);
-    int64_t left = end - first;
-    int count = left < 0 ? 0 : left < EIGHT ? static_cast<int>(left) : EIGHT;
-    return {first, neighbours ? 4 : 4 * THREADS, count, vectors};
+    int left = static_cast<int>(length - first), count = left < 0 ? 0 : left < EIGHT ? left : EIGHT;
+    return {first, count, vectors, neighbours};
   }
 };
 
@@ -133,14 +142,14 @@ struct MaskedTask : Task<Rule, masked<Rule>> {
 
   FO_INLINE MaskedTask(const Launch& launch, int2 tile, const float* row)
       : Task<Rule, masked<Rule>>(launch, tile, row),
-        mask(launch.table.plane(launch.storages[MASK].column, tile.x)),
+        mask(launch.table.plane(launch.storages[MASK].column, tile.x) + start_of(tile) / EIGHT),
         weights{{launch.storages[0], this->slots.param, this->of_param, 0}, {}},
         keeps_dense(launch.keeps_dense),
         group(this->rule.kept > 0 ? launch.group : 0),
         kept(static_cast<uint32_t>(this->rule.kept)) {
     if (!keeps_dense) return;
     const Storage& dense = launch.storages[DENSE];
-    weights[1] = {dense, take(dense, launch.table, tile.x), Lie{}, DENSE - 1};
+    weights[1] = {dense, take(dense, launch.table, tile.x, start_of(tile)), Lie{}, DENSE - 1};
   }
 };
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .matrices import add_identity
 
-_LEAF = 256
+_LEAF = 128
 # Multiples of it, as lengths of rows, leave columns few places in the caches: torch's zeroing of a triangle
 # takes half of a factorization's time then (November 2026). A few rows more mend that.
 _ALIASED_BYTES, _PADDING = 1024, 8
@@ -113,15 +113,12 @@ def _by_lapack(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_halves(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearly all is matrix products. Its error grows with the square of the condition number.
-
-    LAPACK takes 1.2 times as long for 1024 rows.
-    """
+    """Nearly all is matrix products. Its error grows with the square of the condition number."""
 
     def inverse(A: Tensor) -> Tensor:
         m = A.shape[-1]
         if m <= _LEAF:
-            return _by_lapack(A, 0.0, dtype)
+            return torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
         h = m // 2
         first, B = inverse(A[:, :h, :h]), A[:, :h, h:]
         F = first @ B

@@ -147,6 +147,22 @@ def test_whole_matrices() -> None:
             _says(theirs, case["rows"][1]["error"])
 
 
+def test_soft_clip_as_exact_as_released() -> None:
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for case in _cases("soft_clip.json", EPYC):
+        if case["name"].endswith("as exact as released"):
+            times["bf16" if "bf16" in case["name"] else "fp32"].append(case["targets"][0]["measured"])
+    found = re.search(
+        r"takes ([\d.]+) to ([\d.]+) of its time in fp32 and ([\d.]+) to ([\d.]+) in bf16",
+        " ".join(TEXT.split()),
+    )
+    assert found is not None
+    for said, value in zip(
+        found.groups(), [e for t in times.values() for e in (min(t), max(t))], strict=True
+    ):
+        _says(said, value)
+
+
 def test_soft_clip_of_other_sizes() -> None:
     times: dict[str, list[float]] = {}
     for case in _cases("soft_clip_sizes.json", EPYC):

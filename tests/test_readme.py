@@ -193,7 +193,7 @@ def test_masks() -> None:
         "transposable of 1024x1024 fp32": 1,
         "transposable of 1024x1024 bf16": 1,
     }
-    found = {case["name"]: [t["measured"] for t in case["targets"]] for case in _cases("masks.json")}
+    found = {case["name"]: [t["measured"] for t in case["targets"]] for case in _cases("masks.json", EPYC)}
     values = [value for name, count in names.items() for value in found[name][:count]]
     searches = re.search(
         r"takes ([\d.]+) of the time of `argsort`, ([\d.]+) of `topk`, ([\d.]+) of ASP's search in torch; "
@@ -207,9 +207,10 @@ def test_masks() -> None:
     )
     assert searches is not None and steps is not None
     once, anew = (
-        {row["label"]: row["ms"]["median"] for row in case["rows"]} for case in _cases("masks_step.json")
+        {row["label"]: row["ms"]["median"] for row in case["rows"]}
+        for case in _cases("masks_step.json", EPYC)
     )
-    target = _cases("masks_step.json")[0]["targets"][0]
+    target = _cases("masks_step.json", EPYC)[0]["targets"][0]
     values += [target["measured"], *target["quartiles"]]
     values += [once["masked"] / once["torch fused and three passes (apex ASP)"]]
     values += [anew["masked (SR-STE)"] / anew["dense"]]

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+FLAT = " ".join(TEXT.split())
+"""Without line breaks."""
 
 
 def code_of(title: str) -> str:

@@ -16,7 +16,7 @@ import torch
 import fused_optim
 from bench import sparse_learning
 from fused_optim.training import plan, plan_command, pretrain
-from tests.readme import TEXT
+from tests.readme import FLAT, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
@@ -73,8 +73,8 @@ def test_steps() -> None:
         measured = [c["targets"][0]["measured"] for c in _cases("step.json", folder) if c["targets"]]
         for row, value in zip(rows, measured, strict=True):
             _says(row[column], value)
-    cold = re.search(r"with cold ones, beside other libraries, it is ([\d.]+) there", " ".join(TEXT.split()))
-    faster = re.search(r"copies were ([\d.]+) times as fast, the ratio was ([\d.]+) ", " ".join(TEXT.split()))
+    cold = re.search(r"with cold ones, beside other libraries, it is ([\d.]+) there", FLAT)
+    faster = re.search(r"copies were ([\d.]+) times as fast, the ratio was ([\d.]+) ", FLAT)
     assert cold is not None and faster is not None
     now, before = (
         next(c for c in _cases(name, EPYC) if c["name"] == "AdamW fp32, many tensors")
@@ -122,14 +122,14 @@ def test_whole_matrices() -> None:
     assert muon is not None
     for text, value in zip(muon.groups(), (target["measured"], *target["quartiles"]), strict=True):
         _says(text, value)
-    elsewhere = re.search(r"it takes ([\d.]+) \(([\d.]+) to ([\d.]+);", " ".join(TEXT.split()))
+    elsewhere = re.search(r"it takes ([\d.]+) \(([\d.]+) to ([\d.]+);", FLAT)
     target = _cases("newton_schulz.json", EPYC)[-1]["targets"][0]
     assert elsewhere is not None
     for text, value in zip(elsewhere.groups(), (target["measured"], *target["quartiles"]), strict=True):
         _says(text, value)
     shares = re.search(
         r"runs at (\d+) % of the speed .* iteration at (\d+) %: .* ours has (\d+) % fewer",
-        " ".join(TEXT.split()),
+        FLAT,
     )
     rows = {row["label"]: row for row in _cases("newton_schulz.json")[1]["rows"] if row["status"] == "ok"}
     ours, theirs = rows["fused_optim"], rows["torch.optim.Muon"]
@@ -154,7 +154,7 @@ def test_soft_clip_as_exact_as_released() -> None:
             times["bf16" if "bf16" in case["name"] else "fp32"].append(case["targets"][0]["measured"])
     found = re.search(
         r"takes ([\d.]+) to ([\d.]+) of its time in fp32 and ([\d.]+) to ([\d.]+) in bf16",
-        " ".join(TEXT.split()),
+        FLAT,
     )
     assert found is not None
     for said, value in zip(
@@ -169,12 +169,11 @@ def test_soft_clip_of_other_sizes() -> None:
         size, _, ratio = case["name"].removeprefix("soft clip ").partition(", ratio ")
         if ratio.isdecimal():
             times.setdefault(size, []).append(case["targets"][0]["measured"])
-    text = " ".join(TEXT.split())
     found = re.search(
         r"takes ([\d.]+) to ([\d.]+) of the released time for 512 × 512 in fp32, ([\d.]+) to ([\d.]+) for "
         r"512 × 2048 and ([\d.]+) to ([\d.]+) for 256 × 1024\..* up to ([\d.]+) times the released one in "
         r"fp32, and ([\d.]+) times in bf16",
-        text,
+        FLAT,
     )
     assert found is not None
     named = [times[f"{size} fp32"] for size in ("512x512", "512x2048", "256x1024")]
@@ -187,7 +186,6 @@ def test_soft_clip_of_other_sizes() -> None:
 
 
 def test_masks() -> None:
-    text = " ".join(TEXT.split())
     names = {
         "2:4 of 1024x1024 fp32": 3,
         "transposable of 1024x1024 fp32": 1,
@@ -198,12 +196,12 @@ def test_masks() -> None:
     searches = re.search(
         r"takes ([\d.]+) of the time of `argsort`, ([\d.]+) of `topk`, ([\d.]+) of ASP's search in torch; "
         r"transposable masks ([\d.]+), in bf16 ([\d.]+), of",
-        text,
+        FLAT,
     )
     steps = re.search(
         r"2:4 mask takes ([\d.]+) of the dense step's time \(quartiles ([\d.]+) to ([\d.]+);.*?"
         r"\) and ([\d.]+) of torch's .{,160}\(SR-STE\), ([\d.]+) \(",
-        text,
+        FLAT,
     )
     assert searches is not None and steps is not None
     once, anew = (
@@ -248,7 +246,7 @@ def test_cuda_kernels() -> None:
     launches = json.loads((RESULTS.parent / "static" / "cuda.json").read_text())["launches"]
     said = re.search(
         r"takes (\d+) % of an H200's budget with fp32 parameters and (\d+) % with bf16",
-        " ".join(TEXT.split()),
+        FLAT,
     )
     assert said
     for number, dtype in zip(said.groups(), ("fp32", "bf16"), strict=True):
@@ -260,10 +258,9 @@ def test_cuda_kernels() -> None:
 
 
 def test_trainings() -> None:
-    text = " ".join(TEXT.split())
-    figures = re.findall(r"([\d.]+) bytes(?: per parameter)?, (?:ends )?at ([\d.]+)", text)
+    figures = re.findall(r"([\d.]+) bytes(?: per parameter)?, (?:ends )?at ([\d.]+)", FLAT)
     norms = re.search(
-        r"ends at ([\d.]+) with a mean spectral norm of ([\d.]+) .{9,99} AdamW has ([\d.]+)\.", text
+        r"ends at ([\d.]+) with a mean spectral norm of ([\d.]+) .{9,99} AdamW has ([\d.]+)\.", FLAT
     )
     files = {"pretrain_adamw.json": ("fused_optim", "torch"), "pretrain_muon.json": ("fused_optim",)}
     found = [_result(file)["summary"][side] for file, sides in files.items() for side in sides]
@@ -275,7 +272,7 @@ def test_trainings() -> None:
     assert norms is not None
     for said, value in zip(norms.groups(), values, strict=True):
         _says(said, value)
-    crossing = re.search(r"it is below that between steps (\d+) and (\d+)\.", text)
+    crossing = re.search(r"it is below that between steps (\d+) and (\d+)\.", FLAT)
     assert crossing is not None
     curve = dict(_result("pretrain_muon.json")["runs"]["fused_optim"]["validation"])
     before, after = (curve[int(step)] for step in crossing.groups())
@@ -330,9 +327,7 @@ def test_bytes_of_the_guide() -> None:
 
 def test_bytes_of_the_recipes(tmp_path: Path) -> None:
     """The command that the README names gives the bytes of every recipe."""
-    found = re.search(
-        r"`python -m fused_optim plan (--matrix [^`]*) --sparsity [\w-]+`", " ".join(TEXT.split())
-    )
+    found = re.search(r"`python -m fused_optim plan (--matrix [^`]*) --sparsity [\w-]+`", FLAT)
     assert found is not None
     path = tmp_path / "plan.json"
     for _, _, said, name in _rows("recipe"):
@@ -356,7 +351,7 @@ def test_differences_between_recipes_over_six_seeds() -> None:
     for name, case in (("sr-ste", "sr-ste"), ("mask-decay", "mask-decay"), ("cast", "cast:dense-steps=700")):
         apart = [losses[case][seed] - losses["one-shot"][seed] for seed in range(6)]
         text = f"{statistics.mean(apart):+.3f} ± {statistics.stdev(apart) / 6**0.5:.3f} for `{name}`"
-        assert text in " ".join(TEXT.split()), text
+        assert text in FLAT, text
 
 
 def _apart(file: str, case: str) -> list[float]:
@@ -366,18 +361,17 @@ def _apart(file: str, case: str) -> list[float]:
 
 
 def test_recipes_beat_pruning_once() -> None:
-    text = " ".join(TEXT.split())
     files = {"sr-ste": "sparse_learning", "mask-decay": "sparse_learning", "cast": "sparse_learning_cast"}
     for name, file in files.items():
         apart = _apart(f"{file}.json", name)
         assert len(apart) == 6 and max(apart) < 0
         error = statistics.stdev(apart) / 6**0.5
-        assert f"{statistics.mean(apart):+.4f} ± {error:.4f} for `{name}`" in text
+        assert f"{statistics.mean(apart):+.4f} ± {error:.4f} for `{name}`" in FLAT
     said = re.search(
         r"`sr-ste` wins by ([\d.]+) ± ([\d.]+), `mask-decay` by ([\d.]+) ± ([\d.]+) and `cast` by "
         r"([\d.]+) ± ([\d.]+); `sr-ste` with masks from the first step loses "
         r"([\d.]+) ± ([\d.]+), `structure-decay` ([\d.]+) ± ([\d.]+)\.",
-        text,
+        FLAT,
     )
     assert said is not None
     values: list[float] = []

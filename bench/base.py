@@ -63,7 +63,7 @@ def _cache() -> Path:
     return Path(home or Path.home() / ".cache") / "fused_optim" / "commits"
 
 
-def _isa() -> str:
+def instruction_set() -> str:
     """The best instruction set of this machine as csrc/ is asked for it; empty if there is no library."""
     # What permutes is built with what gathers.
     return "" if cpu.unavailable() else cpu.isas()[0].removesuffix("_permute")
@@ -77,7 +77,7 @@ def compile_libraries(sources: Path, lib: Path, with_cuda: bool) -> None:
         raise BaseError("--base builds csrc/ and needs CMake: pip install cmake")
     with tempfile.TemporaryDirectory() as build:
         switches = [f"-DFUSED_OPTIM_CUDA={'ON' if with_cuda else 'OFF'}"]
-        if isa := _isa():
+        if isa := instruction_set():
             switches.append(f"-DFUSED_OPTIM_ISAS={isa}")
         for command in (["-S", sources, "-B", build, *switches], ["--build", build, "--parallel"]):
             done = subprocess.run([cmake, *command], capture_output=True, text=True)
@@ -96,7 +96,7 @@ def _same_csrc(commit: str) -> bool:
 
 def checkout(commit: str, cuda: bool) -> Path:
     """A folder to import that commit's package from, its libraries built; kept for the next time."""
-    kept = _cache() / "-".join(filter(None, (commit, _isa(), "cuda" if cuda else "")))
+    kept = _cache() / "-".join(filter(None, (commit, instruction_set(), "cuda" if cuda else "")))
     if kept.is_dir():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def test_csrc_is_built_for_what_it_can_be_asked_for(best: str, monkeypatch: pyte
     monkeypatch.setattr(cpu, "isas", lambda: (best,))
     lines = (ROOT / "csrc" / "CMakeLists.txt").read_text().partition("set(FUSED_OPTIM_ISAS")[0]
     known = re.findall(r"(?:set\(isas|APPEND isas) ([\w ]+)\)", lines)
-    assert base._isa() in " ".join(known).split()
+    assert base.instruction_set() in " ".join(known).split()
 
 
 def test_what_an_older_version_lacks_is_said() -> None:
@@ -79,7 +79,7 @@ add_library(fused_optim_cpu SHARED "${{CMAKE_BINARY_DIR}}/small.cpp")
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="no library, hence no instruction set to build for")
 def test_libraries_are_built(tmp_path: Path) -> None:
     """From little source: test_packaging.py builds csrc/ with the same switches."""
-    (tmp_path / "CMakeLists.txt").write_text(SMALL.format(isa=base._isa()))
+    (tmp_path / "CMakeLists.txt").write_text(SMALL.format(isa=base.instruction_set()))
     base.compile_libraries(tmp_path, tmp_path / "lib", with_cuda=False)
     assert [path.name for path in (tmp_path / "lib").iterdir()] == ["libfused_optim_cpu.so"]
 

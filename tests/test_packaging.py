@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fused_optim
-from fused_optim.kernels.native import cpu
+from bench.base import instruction_set
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fails the build at once if its back end, or anything it starts, imports torch.
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     (folder / "hidden" / "torch").mkdir(parents=True)
     (folder / "hidden" / "torch" / "__init__.py").write_text(NO_TORCH)
     settings = {"build-dir": str(folder / "build"), "cmake.define.FUSED_OPTIM_CUDA": "OFF"}
-    settings["cmake.define.FUSED_OPTIM_ISAS"] = cpu.isas()[0]
+    settings["cmake.define.FUSED_OPTIM_ISAS"] = instruction_set()
     hook = f"import scikit_build_core.build as b; print(b.build_wheel({str(folder)!r}, {settings!r}))"
     done = subprocess.run(
         [sys.executable, "-c", hook],

@@ -22,6 +22,11 @@ NOTE = "counted in compiled code; nothing was run, and no time was measured"
 Job, Report = TypeVar("Job"), TypeVar("Report")
 
 
+def bound(share: float) -> str:
+    """What sets the time at best, by the part of the instruction budget that is used."""
+    return "memory" if share <= 1 else "instructions"
+
+
 def command_line(kind: str, about: str | None) -> argparse.ArgumentParser:
     """Options of every command that compiles."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {kind}", description=about)

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from fused_optim.kernels.codecs import CODECS, for_slot
-from fused_optim.kernels.masking import masked
-from fused_optim.kernels.rules import CAST_ADAM, RULES
+from fused_optim.kernels.codecs import CODECS
+from fused_optim.kernels.rules import RULES
 from fused_optim.kernels.spec import Codec, Rule, bytes_moved
 from fused_optim.kernels.triton.budget import instructions_per_byte
 
+from .compiled import bound
 from .cuda_launches import ELEMENTS, Constants, Launch
 from .machine_follow import Block, Way
 from .machine_kernel import Kernel
 from .machine_operands import UnknownCodeError, decoded
 from .machine_words import THREADS
+from .static import masked_jobs, step_jobs
 from .static_cases import FLOATS, MASKED
 from .tables import Table
 
@@ -93,20 +94,17 @@ class LaunchReport:
     @property
     def bound(self) -> str:
         """What sets the time at best."""
-        return "memory" if self.used <= 1 else "instructions"
+        return bound(self.used)
 
 
 def cases() -> list[Case]:
     """Every rule with every storage, then those with masks."""
-    found = dict[Case, None]()
-    for rule in RULES.values():
-        for param, state, grad in STORAGES:
-            states = (for_slot(state, slot.signed) for slot in rule.slots)
-            found[Case(rule, (CODECS[param], CODECS[grad], *states))] = None
-    for name, group, (param, *states, grad) in MASKED:
-        rule = masked({**RULES, CAST_ADAM.name: CAST_ADAM}[name], group, keeps_dense=states[-1] != "mask")
-        found[Case(rule, tuple(CODECS[codec] for codec in (param, grad, *states)))] = None
-    return list(found)
+    jobs = step_jobs(RULES, STORAGES, (True,), (90,)) + masked_jobs(MASKED, (True,), (90,))
+    found = list[Case]()
+    for job in jobs:
+        param, *states, grad = (CODECS[name] for name in job.codecs)
+        found.append(Case(job.whole_rule, (param, grad, *states)))
+    return found
 
 
 class Unit:

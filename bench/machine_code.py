@@ -13,7 +13,9 @@ _ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[a-z0-9_:]+)*?(?:\.v(\d+))?\.[a-z]+
 _ASSIGNMENT = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.]*)\s+(%\w+|\{[^}]*\})\s*,\s*(.*);")
 _REGISTER = re.compile(r"%\w+")
 _BLOCK_END = re.compile(r"^\s*(?:\$L__BB\w+:|(?:@!?%\w+\s+)?bra\b|ret;)")
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
+"""A line of SASS: address, predicate if there is one, opcode, operands."""
+
 _RESOURCES = re.compile(r"(REG|STACK|LOCAL|SHARED):(\d+)")
 
 
@@ -118,7 +120,7 @@ class Instruction:
 
 def instructions(sass: str) -> list[Instruction]:
     """The instructions of one kernel, its slow paths included, the padding at its end not."""
-    found = [Instruction(int(m[1], 16), bool(m[2]), m[3], m[4]) for m in _INSTRUCTION.finditer(sass)]
+    found = [Instruction(int(m[1], 16), bool(m[2]), m[3], m[4]) for m in INSTRUCTION.finditer(sass)]
     while found and (found[-1].opcode == "NOP" or found[-1].opcode.startswith("BRA")):
         found.pop()
     return found

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from .machine_code import INSTRUCTION
 from .machine_words import COMPARISONS
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
 _REGISTER = re.compile(r"(U?R)(\d+|Z)(\.64)?")
 _PREDICATE = re.compile(r"(U?P)(\d+|T)")
 _CONSTANT = re.compile(r"c\[0x([0-9a-f]+)\]\[(?:(U?R\w+)\+?)?(?:0x([0-9a-f]+))?\]")
@@ -151,7 +151,7 @@ class Code:
 def decoded(sass: str) -> list[Code]:
     """The instructions of one kernel."""
     found = list[Code]()
-    for match in _INSTRUCTION.finditer(sass):
+    for match in INSTRUCTION.finditer(sass):
         guard = _operand(match[2], False) if match[2] else None
         found.append(Code(int(match[1], 16), guard, match[3], match[4]))
     return found

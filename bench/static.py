@@ -29,7 +29,7 @@ from fused_optim.kernels.triton.budget import (
     launch_shape,
 )
 
-from .compiled import CAPABILITIES, check_triton, command_line, run, write
+from .compiled import CAPABILITIES, bound, check_triton, command_line, run, write
 from .machine_code import (
     Access,
     disassemble,
@@ -119,7 +119,7 @@ class Report:
     @property
     def bound(self) -> str:
         """What sets the time at best; between ``USABLE_SHARE`` and 1 stalled loads may."""
-        return "memory" if self.share <= 1 else "instructions"
+        return bound(self.share)
 
     @property
     def fault(self) -> str | None:

@@ -36,7 +36,7 @@ from fused_optim.kernels.spec import bytes_moved
 from fused_optim.kernels.triton.budget import instructions_per_byte
 
 from . import cuda_paths
-from .compiled import NOTE
+from .compiled import NOTE, bound
 from .cuda_launches import constants
 from .cuda_paths import Function, LaunchReport, Unit
 from .machine_code import Instruction, executed_path, executed_per_tile, instructions, main_loop, resources
@@ -111,7 +111,7 @@ class Report:
     @property
     def bound(self) -> str | None:
         """What sets the time at best."""
-        return None if self.used is None else "memory" if self.used <= 1 else "instructions"
+        return None if self.used is None else bound(self.used)
 
     @property
     def fault(self) -> str | None:

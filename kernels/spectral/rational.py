@@ -101,6 +101,10 @@ def fewest(ratio: float, tolerance: float) -> Terms:
     return next((terms for terms in candidates if terms.error <= tolerance), zolotarev(_MOST, ratio))
 
 
+def _inverse(A: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
+
+
 def _by_lapack(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
     m = A.shape[-1]
     size = m if m * dtype.itemsize % _ALIASED_BYTES else m + _PADDING
@@ -109,7 +113,7 @@ def _by_lapack(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
     room[:, :m, :m] = A
     add_identity(room[:, :m, :m], shift)
     room.diagonal(dim1=-2, dim2=-1)[:, m:] = 1
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(room).L)[:, :m, :m]
+    return _inverse(room)[:, :m, :m]
 
 
 def _by_halves(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +122,7 @@ def _by_halves(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
     def inverse(A: Tensor) -> Tensor:
         m = A.shape[-1]
         if m <= _LEAF:
-            return torch.cholesky_inverse(torch.linalg.cholesky_ex(A).L)
+            return _inverse(A)
         h = m // 2
         first, B = inverse(A[:, :h, :h]), A[:, :h, h:]
         F = first @ B

@@ -118,7 +118,7 @@ def test_soft_clip_by_products_alone(kind: str) -> None:
     for ratio, bound in ((3, 1e-4), (300, 1e-4), (1e4, 1e-2)):
         X = _matrix(64, 160, kind, ratio).float()
         expected = oracle.soft_clip(X.double().numpy(), 1.0)
-        assert _error(stacked.soft_clip(X[None], one, one, None, 3e-5, 1e4)[0], expected) < bound
+        assert _error(stacked.soft_clip(X[None], one, one, 3e-5, 1e4)[0], expected) < bound
     X = _matrix(64, 64, kind, 10).float()
     expected = oracle.hard_clip(X.double().numpy(), 1.0)
     assert np.abs(stacked.hard_clip(X[None], one, one)[0].double().numpy() - expected).max() < 1e-3

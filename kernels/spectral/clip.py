@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import composition, stacked
+from . import blas, composition, stacked
 from .composition import ROUNDING
 from .matrices import add_identity, frobenius, per_matrix, reciprocal, restore, wide
-from .norm import largest_bound
+from .norm import largest_bounds
 from .products import gram
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 5e-4}
@@ -31,14 +31,11 @@ _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0*
 # Fourth powers of norms between 2^-24 and 2^24 stay in the range of float32, also spread over a matrix.
 _NORMAL = 24
 _MOST = {torch.float32: 2.0**126, torch.float64: 2.0**1022}
-_EXTREME = 2e4
 _SPLIT_EPS = 2.0**-18
-# Rows up to which eigenvalues take less time than inverses; from 32 on their threads wait for each other
-# ten times as long where cores are shared (November 2026).
-_EIGENVALUES_TO = 24
-# Products of fewer rows take one thread, inverses several: there quintics go where inverses would be needed.
-_THREADED_FROM = 64
-_QUINTICS_FROM = 4.5
+# Rows up to which eigenvalues take less time than inverses: of any number of matrices, and of two at most.
+_EIGENVALUES_TO, _FEW, _EIGENVALUES_OF_FEW_TO = 32, 2, 96
+# Steps of an octave in which ratios are alike, for small and for large matrices: a group costs time, too.
+_STEPS, _LARGE = (1, 4), 192
 
 
 class Problem(NamedTuple):
@@ -76,10 +73,17 @@ def _bounds(c: float | Tensor, X: Tensor, norms: list[float], tight: float, loos
     return [column.view(-1, 1, 1) for column in numbers.unbind(1)]
 
 
+def _as_float32(Y: Tensor) -> bool:
+    """Whether two products of bfloat16 parts take longer than one of float32."""
+    m, n = Y.shape[-2:]
+    small = Y.device.type == "cpu" and m < _LARGE
+    return Y.dtype is torch.bfloat16 and (small or blas.by_onednn(m, n, Y.device.type))
+
+
 def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, Tensor | None, bool]:
     """Also what its results are multiplied with at the end, if anything; and whether X is tall."""
     Y, tall = wide(X)
-    Y = Y.float() if Y.dtype is torch.float16 else Y
+    Y = Y.float() if Y.dtype is torch.float16 or _as_float32(Y) else Y
     norm, tight = frobenius(Y), _TIGHT[Y.dtype]
     if Y.device.type == "cpu":
         norms = norm.flatten().tolist()
@@ -106,30 +110,32 @@ def _fine_gram(X: Tensor) -> Tensor:
     """``X Xᵀ`` in float32 from bfloat16 products: what the first one rounds off, the second one finds."""
     if X.dtype is not torch.bfloat16:
         return gram(X)
-    high = torch.bmm(X, X.mT)
-    low = torch.baddbmm(high, X, X.mT, beta=-1)
+    high = blas.multiply(X, X.mT)
+    low = blas.multiply_add(high, X, X.mT, beta=-1)
     return high.float().add_(low)
 
 
 def _fine_product(Q: Tensor, X: Tensor) -> Tensor:
     """``Q X``; a bfloat16 X is multiplied by two bfloat16 parts of Q."""
     if X.dtype is not torch.bfloat16:
-        return torch.bmm(Q.to(X.dtype), X)
+        return blas.multiply(Q.to(X.dtype), X)
     high = Q.bfloat16()
     low = (Q - high).bfloat16()
-    return torch.baddbmm(torch.bmm(low, X), high, X)
+    return blas.multiply_add(blas.multiply(low, X), high, X)
 
 
 def _on_cpu(given: Problem, tolerance: float) -> Tensor:
     """Soft clipping where looking at ratios costs nothing: matrices with similar ones are done together.
 
-    What is chosen for a matrix depends on its own ratio alone.
+    What is chosen for a matrix depends on its own ratio, and on their number if they are small.
     """
     G = _fine_gram(given.U)
-    squares = (largest_bound(G) / given.d**2).flatten().tolist()
+    bounds = zip(largest_bounds(G), given.d.flatten().tolist(), strict=True)
+    squares = [bound / d**2 for bound, d in bounds]
     groups: dict[int, list[int]] = {}
+    fine = _STEPS[G.shape[-1] >= _LARGE]
     for index, square in enumerate(squares):
-        step = max(math.ceil(2 * math.log2(1 + square)), 1) if square > tolerance else 0
+        step = max(math.ceil(fine / 2 * math.log2(1 + square)), 1) if square > tolerance else 0
         groups.setdefault(step if math.isfinite(square) else -1, []).append(index)
     if len(groups) == 1:
         return _alike(given, G, next(iter(groups)), tolerance)
@@ -141,14 +147,11 @@ def _on_cpu(given: Problem, tolerance: float) -> Tensor:
 
 
 def _alike(given: Problem, G: Tensor, step: int, tolerance: float) -> Tensor:
-    """Matrices with ratios in one quarter of an octave; steps below one are exceptions."""
+    """Matrices with ratios in one step; steps below one are exceptions."""
     if step < 1:
         return given.U * (given.factor / given.d if step == 0 else torch.nan * given.d).to(given.U.dtype)
-    ratio = 2.0 ** (step / 4)
+    ratio = 2.0 ** (step / _STEPS[G.shape[-1] >= _LARGE])
     finest = tolerance * ROUNDING / ratio**2
-    alone = G.shape[-1] >= _THREADED_FROM or torch.get_num_threads() == 1
-    if not alone and G.dtype is torch.float32 and _QUINTICS_FROM < ratio < _EXTREME:
-        return stacked.soft_clip(*given, G, tolerance, ratio)
     if torch.finfo(torch.float32).eps > finest:
         G = gram(given.U.double())
     elif given.U.dtype is torch.bfloat16 and finest < _SPLIT_EPS:
@@ -163,7 +166,7 @@ def _by_eigenvalues(X: Tensor, c: float | Tensor) -> Tensor:
     """Small matrices, whatever their ratio, in float64, where squares of float32 keep their range."""
     Y, tall = wide(X)
     V = Y.double()
-    G = torch.bmm(V, V.mT)
+    G = blas.multiply(V, V.mT)
     norms = G.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().tolist()
     factor, d = _bounds(c, X, norms, _TIGHT[torch.float32], _LOOSE**2)
     for index, norm in enumerate(norms):
@@ -171,19 +174,21 @@ def _by_eigenvalues(X: Tensor, c: float | Tensor) -> Tensor:
             G[index] = 0.0
     values, vectors = torch.linalg.eigh(G)
     root = values.clamp_(min=0).unsqueeze(-2).add(d**2).rsqrt_().mul_(factor)
-    Q = torch.bmm(vectors * root, vectors.mT)
-    return restore(torch.bmm(Q, V), X, tall)
+    Q = blas.multiply(vectors * root, vectors.mT)
+    return restore(blas.multiply(Q, V), X, tall)
 
 
 def soft_clip(X: Tensor, c: float | Tensor, tolerance: float | None = None, max_ratio: float = 1e4) -> Tensor:
     on_cpu = X.device.type == "cpu"
-    if on_cpu and min(X.shape[-2:]) <= _EIGENVALUES_TO and X.dtype is not torch.float64:
+    few = math.prod(X.shape[:-2]) <= _FEW
+    small = min(X.shape[-2:]) <= (_EIGENVALUES_OF_FEW_TO if few else _EIGENVALUES_TO)
+    if on_cpu and small and X.dtype is not torch.float64:
         return _by_eigenvalues(X, c)
     tolerance = TOLERANCE[X.dtype] if tolerance is None else tolerance
     given, rest, tall = _problem(X, c)
     if on_cpu:
         return restore(_times(_on_cpu(given, tolerance), rest), X, tall)
-    return restore(stacked.soft_clip(*given, None, tolerance, max_ratio), X, tall)
+    return restore(stacked.soft_clip(*given, tolerance, max_ratio), X, tall)
 
 
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
@@ -194,7 +199,7 @@ def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     G = gram(U.double())
     values, vectors = torch.linalg.eigh(torch.where(factor.isfinite(), G, 0.0))
     kept = factor / torch.maximum(values.clamp(min=0).sqrt().unsqueeze(-2), d)
-    Q = torch.bmm(vectors * kept, vectors.mT)
+    Q = blas.multiply(vectors * kept, vectors.mT)
     H = _fine_product(Q.to(torch.promote_types(U.dtype, torch.float32)), U)
     return restore(_times(H, rest), X, tall)
 
@@ -209,7 +214,7 @@ def inverse_sqrt(A: Tensor, ridge: float | None = None) -> Tensor:
     R = (R + R.mT) / 2
     if on_cpu:
         values, vectors = torch.linalg.eigh(R)
-        Q = torch.bmm(vectors * (values.clamp(min=0) + ridge).rsqrt().unsqueeze(-2), vectors.mT)
+        Q = blas.multiply(vectors * (values.clamp(min=0) + ridge).rsqrt().unsqueeze(-2), vectors.mT)
     else:
         Q = stacked.inverse_root(add_identity(R, ridge), math.sqrt(ridge))
     scale = torch.where(norm > 0, norm.rsqrt(), 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import products, rational
+from . import blas, products, rational
 from .matrices import add_identity
 
 ROUNDING = 4
@@ -29,9 +29,30 @@ _MOST_STEPS = 5
 # Room for eigenvalues that rounding pushed out of the interval; narrower ones gain nothing.
 _SLACK = 2.0**-10
 _NARROWEST = 0.98
-# Time of an inverse over that of a product, for large and for small matrices (November 2026).
-_LARGE = 384
-_INVERSE_COST = {True: 1.75, False: 4.0}
+# What an ending takes beside its products.
+_BESIDE = 0.5
+
+
+class Costs(NamedTuple):
+    """Times over that of a float32 product: of an inverse, and of both in float64 (November 2026)."""
+
+    inverse: float
+    fine_product: float
+    fine_inverse: float
+
+
+_SMALL, _LARGE = 192, 384
+# By size, then by library: MKL, and oneDNN, whose products take half as long.
+_COSTS = (
+    (Costs(5, 2, 6), Costs(5, 2, 6)),
+    (Costs(2.7, 2.2, 4), Costs(4.3, 3.5, 6.2)),
+    (Costs(1.5, 2.3, 3.3), Costs(2.6, 4.5, 7)),
+)
+
+
+def costs(m: int, device_type: str) -> Costs:
+    """Those of m x m matrices."""
+    return _COSTS[(m >= _SMALL) + (m >= _LARGE)][blas.by_onednn(m, m, device_type)]
 
 
 class Step(NamedTuple):
@@ -101,26 +122,27 @@ def _bears(dtype: torch.dtype, ratio: float, tolerance: float) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(ratio: float, tolerance: float, large: bool, lowest: torch.dtype = torch.float32) -> Plan:
+def plan(ratio: float, tolerance: float, costs: Costs, lowest: torch.dtype = torch.float32) -> Plan:
     """The cheapest composition within a tolerance.
 
-    >>> len(plan(300.0, 3e-5, False).steps)
+    >>> len(plan(300.0, 3e-5, costs(64, "cpu")).steps)
     1
     """
     steps: list[Step] = []
     found: list[tuple[float, Plan]] = []
-    left, inverse, spent = ratio, _INVERSE_COST[large], 0.0
+    left, spent = ratio, 0.0
     for _ in range(_MOST_STEPS):
-        # In float64 everything takes twice the time.
-        dear = 1 if _bears(lowest, left, tolerance) else 2
+        borne = _bears(lowest, left, tolerance)
+        inverse, product = (costs.inverse, 1.0) if borne else (costs.fine_inverse, costs.fine_product)
         terms = rational.fewest(left, tolerance)
-        found.append((spent + dear * len(terms.shifts) * inverse, Plan(tuple(steps), None)))
+        found.append((spent + len(terms.shifts) * inverse, Plan(tuple(steps), None)))
         ending = next((p for p in (power(d, left) for d in _DEGREES) if p.error <= tolerance), None)
         if ending is not None:
             degree = len(ending.coefficients) - 1
-            found.append((spent + dear * (_products(degree, _block(degree)) + 1), Plan(tuple(steps), ending)))
+            products = _products(degree, _block(degree)) + _BESIDE
+            found.append((spent + products * product, Plan(tuple(steps), ending)))
         # A step's inverse and its square; then one factor more to multiply.
-        spent += dear * (inverse + 1) + 1
+        spent += inverse + product + 1
         steps.append(_step(left))
         left = steps[-1].ratio
     return min(found, key=lambda each: each[0])[1]
@@ -143,13 +165,13 @@ def _evaluate(R: Tensor, ending: Power) -> Tensor:
     powers = R.new_empty(max(size if len(table) > 1 else size - 1, 1), *R.shape)
     add_identity(torch.mul(R, 1 / ending.half, out=powers[0]), -ending.middle / ending.half)
     for k in range(1, len(powers)):
-        torch.bmm(powers[(k - 1) // 2], powers[k // 2], out=powers[k])
+        blas.multiply(powers[(k - 1) // 2], powers[k // 2], powers[k])
     # All pieces in one product; their constants join the diagonals.
     parts = torch.mm(table, powers[: size - 1].flatten(1)).view(-1, *R.shape)
     parts.diagonal(dim1=-2, dim2=-1).add_(constants)
     total = parts[-1]
     for part in reversed(parts[:-1].unbind()):
-        total = torch.baddbmm(part, total, powers[size - 1])
+        total = blas.multiply_add(part, total, powers[size - 1])
     return total
 
 
@@ -160,7 +182,7 @@ def _multiply(P: Tensor, Q: Tensor) -> Tensor:
     one and 512 rows at a ratio of 300 the result is off by 7e-5 this way, and by 1.1e-4 without.
     """
     mean = Q.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
-    return torch.baddbmm(P * mean, P, add_identity(Q, -mean))
+    return blas.multiply_add(P * mean, P, add_identity(Q, -mean))
 
 
 def inverse_root(S: Tensor, ratio: float, tolerance: float, lowest: torch.dtype = torch.float32) -> Tensor:
@@ -172,7 +194,7 @@ def inverse_root(S: Tensor, ratio: float, tolerance: float, lowest: torch.dtype 
     def lowered(A: Tensor) -> Tensor:
         return A.to(lowest) if _bears(lowest, ratio, tolerance) else A
 
-    chosen = plan(ratio, tolerance, S.shape[-1] >= _LARGE, lowest)
+    chosen = plan(ratio, tolerance, costs(S.shape[-1], S.device.type), lowest)
     R, Q = lowered(S), None
     for C, w, t, left in chosen.steps:
         B = rational.shifted_inverse(R, t, (1 + t) / (ratio**-2 + t), tolerance)

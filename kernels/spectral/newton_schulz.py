@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from . import blas
 from .coefficients import Coefficients
 from .matrices import add_identity
 from .products import by_triangle, gram, multiply_add, multiply_commuting, polynomial, triangle_share
@@ -46,7 +47,7 @@ def in_gram_form(X: Tensor, steps: Sequence[Coefficients], restarts: Iterable[in
             # Rounding a I + Z costs more accuracy than adding a X in the product.
             X = standard(X, steps[begin:end])
         else:
-            X = torch.bmm(inverse_root(gram(X), steps[begin:end]), X)
+            X = blas.multiply(inverse_root(gram(X), steps[begin:end]), X)
     return X
 
 
@@ -72,7 +73,7 @@ def flops(
     form: str,
 ) -> int:
     """Floating-point operations of the matrix products for one m × n matrix, m <= n."""
-    share = triangle_share(m) if by_triangle(m, dtype, device_type) else 1.0
+    share = triangle_share(m, dtype) if by_triangle(m, dtype, device_type) else 1.0
     begun, small = len(steps), 0
     if form == "gram":
         begun = 1 + len(restarts(len(steps), dtype))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -96,34 +97,57 @@ def _from_below(C: Tensor) -> Tensor:
     return lengths[0] / lengths[1]
 
 
-def largest_bound(G: Tensor) -> Tensor:
-    """[batch, 1, 1] of upper bounds of the largest eigenvalues of semidefinite [batch, m, m], on a CPU.
+def _by_powers(C: Tensor) -> list[float]:
+    """Bounds of the growth by ``I + C`` of small C, whose fourth powers are numbers of float32.
 
-    ``mean + ‖(G - mean I)^k‖^(1/k)`` in the Frobenius norm, k up to 4 or 8, and what the products round off.
-    Power iteration says only when a bound is near enough: it misses what is orthogonal to its start.
+    In Python's numbers, because each of torch's takes longer than these matrices' products.
     """
-    m = G.shape[-1]
-    work = torch.bfloat16 if m >= _GUESSED_FROM and multiplies_bfloat16() else torch.float32
-    mean, unit = G.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1, 1, 1), _UNIT[work]
-    C = add_identity((G / mean.clamp(min=_TINY)).float(), -1.0)
-    near = _NEAR * _from_below(C) if m >= _GUESSED_FROM else None
+    powers, unit = [C], _UNIT[torch.float32]
+    for _ in range(_CENTRED[torch.float32]):
+        powers.append(polynomial(powers[-1], 0, 1))
+    found: list[float] = []
+    for lengths in torch.stack([torch.linalg.vector_norm(P, dim=(-2, -1)) for P in powers], 1).tolist():
+        sizes = [after / (before**2 or _TINY) for before, after in itertools.pairwise(lengths)]
+        top = sizes.pop() * (1 + unit)
+        for size in (*reversed(sizes), lengths[0]):
+            # The root of the norm of a square, and what was rounded before it was squared.
+            top = size * (math.sqrt(top) + 2 * unit)
+        found.append(1 + top)
+    return found
+
+
+def _by_squares(C: Tensor) -> list[float]:
+    """The same of larger C, with as many squares as a bound near enough asks for."""
+    work = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    unit, near = _UNIT[work], _NEAR * _from_below(C)
     sizes: list[Tensor] = []
-    found = torch.full_like(mean, math.inf, dtype=torch.float64)
+    found = torch.full_like(near, math.inf)
     for left in reversed(range(_CENTRED[work] + 1)):
         size = torch.linalg.vector_norm(C, dim=(-2, -1), keepdim=True, dtype=torch.float32)
         top = size.double() * (1 + unit)
         for before in reversed(sizes):
-            # The root of the norm of a square, and what was rounded before it was squared.
             top = before * (top.sqrt() + 2 * unit)
         sizes.append(size.double())
         # Every matrix has the first bound that is near enough, whatever others need.
-        found = 1 + top if near is None else torch.where(found <= near, found, 1 + top)
-        if not left or (near is not None and bool((found <= near).all())):
+        found = torch.where(found <= near, found, 1 + top)
+        if not left or bool((found <= near).all()):
             break
         C = (C / size.clamp(min=_TINY)).to(work)
         # Symmetric but for rounding: a transposed operand would take twice the time.
         C = torch.bmm(C, C) if work is torch.bfloat16 else polynomial(C, 0, 1)
-    return mean.double() * found * (1 + _ROUNDED)
+    return found.flatten().tolist()
+
+
+def largest_bounds(G: Tensor) -> list[float]:
+    """Upper bounds of the largest eigenvalues of semidefinite [batch, m, m], on a CPU.
+
+    ``mean + ‖(G - mean I)^k‖^(1/k)`` in the Frobenius norm, k up to 4 or 8, and what the products round off.
+    Power iteration says only when a bound is near enough: it misses what is orthogonal to its start.
+    """
+    mean = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+    C = add_identity((G / mean.clamp(min=_TINY).view(-1, 1, 1)).float(), -1.0)
+    growth = _by_powers(C) if C.shape[-1] < _GUESSED_FROM else _by_squares(C)
+    return [size * found * (1 + _ROUNDED) for size, found in zip(mean.tolist(), growth, strict=True)]
 
 
 def spectral_norm(X: Tensor, steps: int, upper: bool) -> Tensor:

@@ -15,12 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import blas
 from .matrices import add_identity
 
-_LEAF = 128
+# Rows from which a matrix is halved; of several together smaller ones are.
+_HALVED_FROM, _HALVED_TOGETHER_FROM = 128, 65
 # Multiples of it, as lengths of rows, leave columns few places in the caches: torch's zeroing of a triangle
 # takes half of a factorization's time then (November 2026). A few rows more mend that.
 _ALIASED_BYTES, _PADDING = 1024, 8
+_LAPACK_FROM = 192
 _EASY = 0.3
 _BACKWARD = 8
 _MOST = 24
@@ -118,19 +121,20 @@ def _by_lapack(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
 
 def _by_halves(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Nearly all is matrix products. Its error grows with the square of the condition number."""
+    least = _HALVED_FROM if len(A) == 1 else _HALVED_TOGETHER_FROM
 
     def inverse(A: Tensor) -> Tensor:
         m = A.shape[-1]
-        if m <= _LEAF:
+        if m < least:
             return _inverse(A)
         h = m // 2
         first, B = inverse(A[:, :h, :h]), A[:, :h, h:]
-        F = first @ B
-        schur = inverse(torch.baddbmm(A[:, h:, h:], B.mT, F, alpha=-1))
-        corner = F @ schur
+        F = blas.multiply(first, B)
+        schur = inverse(blas.multiply_add(A[:, h:, h:], B.mT, F, alpha=-1))
+        corner = blas.multiply(F, schur)
         out = torch.empty_like(A)
         out[:, h:, h:] = schur
-        out[:, :h, :h] = torch.baddbmm(first, corner, F.mT)
+        out[:, :h, :h] = blas.multiply_add(first, corner, F.mT)
         out[:, :h, h:] = corner.neg_()
         out[:, h:, :h] = corner.mT
         return out
@@ -139,27 +143,29 @@ def _by_halves(A: Tensor, shift: float | Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _method(
-    condition: float, dtype: torch.dtype, tolerance: float
+    m: int, condition: float, dtype: torch.dtype, tolerance: float
 ) -> tuple[Callable[[Tensor, float | Tensor, torch.dtype], Tensor], torch.dtype]:
     """By halves in the given dtype, or in float64; by LAPACK where halves are too inaccurate for that."""
     for work in (dtype, torch.float64):
         if condition**2 * torch.finfo(work).eps < _EASY:
             return _by_halves, work
-        if condition * torch.finfo(work).eps * _BACKWARD < tolerance:
+        # Of small matrices LAPACK takes one after the other, on one thread.
+        if m >= _LAPACK_FROM and condition * torch.finfo(work).eps * _BACKWARD < tolerance:
             return _by_lapack, work
     return _by_lapack, torch.float64
 
 
 def shifted_inverse(A: Tensor, shift: float, condition: float, tolerance: float) -> Tensor:
     """``(A + shift I)^(-1)`` of symmetric positive definite [batch, m, m] in A's dtype."""
-    invert, work = _method(condition, A.dtype, tolerance)
+    invert, work = _method(A.shape[-1], condition, A.dtype, tolerance)
     return invert(A, shift, work).to(A.dtype)
 
 
 def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     """``S^(-1/2)`` of [batch, m, m] with eigenvalues from ``1/ratio²`` to 1."""
     terms = fewest(ratio, tolerance)
-    methods = [_method((1 + shift) / (ratio**-2 + shift), S.dtype, tolerance) for shift in terms.shifts]
+    conditions = [(1 + shift) / (ratio**-2 + shift) for shift in terms.shifts]
+    methods = [_method(S.shape[-1], condition, S.dtype, tolerance) for condition in conditions]
     total = add_identity(torch.zeros_like(S), terms.constant)
     for method in dict.fromkeys(methods):
         invert, work = method

@@ -15,6 +15,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from . import blas
 from .coefficients import optimal
 from .matrices import add_identity, frobenius, reciprocal
 from .products import gram, multiply_add, polynomial
@@ -59,30 +60,28 @@ def _segment(R: Tensor, square: Tensor | None, table: Tensor) -> Tensor:
         Z = add_identity(torch.addcmul(b * R, c, square), a)
         square = None
         if i + 1 < table.shape[1]:
-            R = torch.bmm(Z, torch.bmm(R, Z))
-        Q = Z if Q is None else torch.bmm(Q, Z)
+            R = blas.multiply(Z, blas.multiply(R, Z))
+        Q = Z if Q is None else blas.multiply(Q, Z)
     assert Q is not None
     return Q
 
 
-def soft_clip(
-    U: Tensor, d: Tensor, factor: Tensor, G: Tensor | None, tolerance: float, max_ratio: float
-) -> Tensor:
-    """``factor (d² I + U Uᵀ)^(-1/2) U``; G is ``U Uᵀ`` where it is known, the factors are [batch, 1, 1]."""
+def soft_clip(U: Tensor, d: Tensor, factor: Tensor, tolerance: float, max_ratio: float) -> Tensor:
+    """``factor (d² I + U Uᵀ)^(-1/2) U``; the factors are [batch, 1, 1]."""
     given, U = U.dtype, U.to(torch.promote_types(U.dtype, torch.float32))
-    small, G = d.to(U.dtype), gram(U) if G is None else G
+    small = d.to(U.dtype)
     # The bound on the norm is at most m^(1/8) times it, and its row serves up to 1.4 times that.
     steps = steps_for(2 * max_ratio, tolerance)
-    R, square, scale, table = _scaled(add_identity(G.clone(), small**2), d, steps)
+    R, square, scale, table = _scaled(add_identity(gram(U), small**2), d, steps)
     cuts = [0, *(i for i, least in _RESTARTS.items() if i < steps and max_ratio > least), steps]
     Q = _segment(R, square, table[:, : cuts[1]]).mul_(scale)
     P = Q * small
     for begin, end in itertools.pairwise(cuts[1:]):
-        U = torch.bmm(Q, U)
+        U = blas.multiply(Q, U)
         Q = _segment(gram(U) + gram(P), None, table[:, begin:end])
         if end < steps:
-            P = torch.bmm(Q, P)
-    return torch.bmm(Q * factor.to(Q.dtype), U).to(given)
+            P = blas.multiply(Q, P)
+    return blas.multiply(Q * factor.to(Q.dtype), U).to(given)
 
 
 def inverse_root(S: Tensor, lower: float) -> Tensor:
@@ -91,7 +90,8 @@ def inverse_root(S: Tensor, lower: float) -> Tensor:
     R, square, scale, table = _scaled(S, bound, steps_for(2 / lower, 1e-6))
     Q = _segment(R, square, table[:, :2])
     for begin in range(2, table.shape[1], 2):
-        Q = torch.bmm(_segment(torch.bmm(torch.bmm(Q, R), Q), None, table[:, begin : begin + 2]), Q)
+        nearer = blas.multiply(blas.multiply(Q, R), Q)
+        Q = blas.multiply(_segment(nearer, None, table[:, begin : begin + 2]), Q)
     return Q * scale
 
 
@@ -110,7 +110,7 @@ def hard_clip(U: Tensor, d: Tensor, factor: Tensor) -> Tensor:
     # Above the norm d changes nothing.
     low = torch.minimum(d, frobenius(U))
     bound, polar = low.to(U.dtype), _sign(U)
-    D = add_identity(-torch.bmm(U, polar.mT), bound)
+    D = add_identity(-blas.multiply(U, polar.mT), bound)
     D = (D + D.mT) / 2
-    H = bound * polar + U - torch.bmm(torch.bmm(D, _sign(D)), polar)
+    H = bound * polar + U - blas.multiply(blas.multiply(D, _sign(D)), polar)
     return (H * (factor / d / 2).to(U.dtype)).to(given)

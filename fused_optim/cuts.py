@@ -23,8 +23,13 @@ WORKSPACE_BYTES = 256 << 20
 
 KINDS = ("matrices", "all")
 
-NOT_HIDDEN = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "head.*", "*.head.*", "output.*")
+NOT_HIDDEN = (
+    *("*embed*", "*wte*", "*wpe*", "shared.*", "*_token", "*lm_head*", "head.*", "*.head.*"),
+    *("output.*", "classifier.*", "*.classifier.*", "score.*", "*.score.*"),
+)
 """Names of matrices that are looked up or give the model's output: AdamW or Lion suit them better."""
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def applies(apply_to: ApplyTo, name: str, param: Tensor) -> bool:
@@ -63,6 +68,9 @@ def check_names_of(apply_to: ApplyTo, name: str, own_name: str) -> None:
 
 def is_hidden_matrix(name: str, param: Tensor) -> bool:
     """Whether a parameter holds matrices, a stack of them or a convolution in the middle of a model."""
+    # Of wrapped models, which add their own beginnings: of torch.compile and DDP, say.
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
     return param.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in NOT_HIDDEN)
 
 
@@ -73,7 +81,7 @@ def check_apply_to(apply_to: Any) -> None:
         TypeError: not names, patterns or a function.
     """
     patterns = apply_to if isinstance(apply_to, list | tuple) else [apply_to]
-    if not callable(apply_to) and not all(isinstance(pattern, str) for pattern in patterns):
+    if not callable(apply_to) and not (patterns and all(isinstance(pattern, str) for pattern in patterns)):
         raise TypeError(
             "apply_to must be 'matrices', 'all', name patterns or a function of name and parameter, "
             f"got {apply_to!r}"
@@ -146,7 +154,7 @@ def check_matrices(name: str, param: Tensor, rows: Sequence[int]) -> None:
     if param.is_complex() or param.dtype.itemsize == 8:
         raise ValueError(
             f"{name} has dtype {param.dtype}; whole matrices are computed in float32 and below: convert it, "
-            "or leave it out of the spectral option"
+            "or leave it to an optimizer (or a group without spectral=) that works element by element"
         )
     if param.ndim > 3 and max(param.stride()) != param.stride(0):
         raise ValueError(

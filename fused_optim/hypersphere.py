@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,9 @@ def along_sphere(u: Tensor, p: Tensor, lr: Any, decay: Any, radius: Tensor | Non
     parts = _parts(u)
     measured = zip(*(_lengths(u[part], p[part]) for part in parts), strict=True)
     norm, size, inner = (torch.cat(each) for each in measured)
+    start = norm if radius is not None else norm * kept
     norm = norm * kept
-    start = torch.where(norm > 0, norm, float(p.shape[-2]) ** 0.5)
+    start = torch.where(start > 0, start, float(p.shape[-2]) ** 0.5)
     if radius is not None:
         radius.copy_(torch.where(radius > 0, radius, start))
         start = radius.double()
@@ -96,17 +98,18 @@ class Hypersphere:
         p = R * q / |q|
 
     so ``lr`` is the tangent of the angle by which a matrix turns, whatever its size. ``radius="fixed"``
-    remembers the norm of the first step (state ``radius``, fp32, one number per matrix); ``"current"``
-    takes it anew in every step, after weight decay, as the authors' code does. A matrix of zeros, which has
-    no direction to keep, is sent to the sphere of radius ``sqrt(rows)`` by its first update. A zero update
-    changes nothing.
+    remembers the norm before the first step (state ``radius``, fp32, one number per matrix); ``"current"``
+    takes it anew in every step, after weight decay, as the authors' code does, so that it shrinks. A matrix
+    of zeros, which has no direction to keep, is sent to the sphere of radius ``sqrt(rows)`` by its first
+    update. With a fixed radius a zero update changes nothing.
 
     Args:
         radius: ``"fixed"`` or ``"current"``.
         apply_to: ``"matrices"`` (two dimensions and more), name patterns or a predicate of name and
             parameter; leave embeddings out.
         eps: smallest norm of an update that is divided by.
-        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone.
+        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone, and the
+            weights and updates of one parameter (8 bytes per element) are there whatever this says.
 
     Raises:
         ValueError: a value out of range.
@@ -134,8 +137,11 @@ class Hypersphere:
     def __post_init__(self) -> None:
         check_radius(self.radius)
         check_apply_to(self.apply_to)
-        if not self.eps > 0:
-            raise ValueError(f"eps={self.eps} must be positive")
+        eps: Any = self.eps
+        if isinstance(eps, bool) or not isinstance(eps, int | float):
+            raise TypeError(f"eps must be a positive number, got {eps!r}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps={eps} must be positive and finite")
         check_shared({}, self.workspace_bytes)
 
     def cut(self, name: str, own_name: str, param: Tensor) -> _OnSphere | None:

@@ -137,7 +137,7 @@ def _from_entry(name: str, entry: Mapping[str, Any], slots: tuple[Slot, ...]) ->
             f"the bitsandbytes state dict has the step count {step!r} for {name}, a number is expected: "
             "it is damaged"
         )
-    result: dict[str, Any] = {"step": torch.tensor(float(step), device="cpu")}
+    result: dict[str, Any] = {"step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}
     for number, slot in enumerate(slots, 1):
         codes = _part(name, flat, f"state{number}")
         if not codes.is_contiguous():

@@ -45,6 +45,10 @@ class Orthogonalize(WholeMatrices):
         rows = (("row_second_moment", Per.ROW),) if self.normalizes_rows else ()
         return (*rows, RADIUS) if self.radius == "fixed" else rows
 
+    def bytes_per_element(self, param: Tensor) -> float:
+        """Iterates in float32 take more than those in 16 bits."""
+        return super().bytes_per_element(param) + (8 if self.dtype is torch.float32 else 0)
+
     def reads_params(self) -> bool:
         """Where they keep their norm."""
         return self.radius is not None
@@ -75,14 +79,14 @@ def _normalize_rows(u: Tensor, beta2: Any, second_moment: Tensor) -> Tensor:
     return u * (norm / (torch.linalg.matrix_norm(u, keepdim=True) + 1e-10))
 
 
-# No default of the class: torch's schedulers cycle betas where there are any, and Muon's momentum where not.
-_BETAS = (0.9, 0.95)
+# No defaults of the class: torch's schedulers cycle betas where there are any, and Muon's momentum where not.
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+    "lion": {"betas": (0.9, 0.98)},
+}
 
 
-def _with_betas(group: Any) -> Any:
-    """A group that has betas if its algorithm needs them."""
-    needs = isinstance(group, dict) and group.get("algorithm", "muon") != "muon"
-    return {"betas": _BETAS, **group} if needs else group
+_CLIPPED_ANYWAY = "spectral clips what Muon makes orthogonal anyway; it is for others=..., or AdamW"
 
 
 class Muon(FusedOptimizer):
@@ -108,7 +112,9 @@ class Muon(FusedOptimizer):
     AdamW or Lion, in groups of their own (``optimizer.param_groups`` then has up to twice as many, each
     with its ``algorithm``). ``OneCycleLR`` and ``CyclicLR`` cycle the momentum of Muon, not the others'
     ``betas``. Give it ``model.named_parameters()``, so that embeddings and heads are known by
-    their names (``*embed*``, ``*wte*``, ``*wpe*``, ``*lm_head*``, ``head.*``, ``*.head.*``, ``output.*``).
+    their names (``*embed*``, ``*wte*``, ``*wpe*``, ``shared.*``, ``*_token``, ``*lm_head*``, ``head.*``,
+    ``*.head.*``, ``output.*``, ``classifier.*``, ``*.classifier.*``, ``score.*``, ``*.score.*``, after
+    ``model.``, ``module.`` and ``_orig_mod.``).
 
     Args:
         params: tensors, named tensors or groups, as for ``torch.optim``; float32, bfloat16 or float16, with
@@ -139,7 +145,8 @@ class Muon(FusedOptimizer):
         others_weight_decay: their decoupled decay.
         hidden: which parameters are Muon's, a function of name and parameter, instead of the names above.
         split: fused matrices, such as ``{"*.qkv_proj.*": 3}`` or ``{"*.qkv*": (2048, 512, 512)}`` rows.
-        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone.
+        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone, and the
+            updates of one parameter (4 bytes per element, 8 with a radius) are there whatever this says.
         **options: storage, clipping, skipping and backend, see :class:`fused_optim.options.Options`;
             ``spectral`` is for the others.
 
@@ -198,13 +205,13 @@ class Muon(FusedOptimizer):
         if others not in (None, "adamw", "lion"):
             raise ValueError(f"others={others!r} is unknown; allowed: 'adamw', 'lion', None")
         if options.get("spectral") is not None and others is None:
-            raise ValueError(
-                "spectral clips what Muon makes orthogonal anyway; it is for others=..., or AdamW"
-            )
+            raise ValueError(_CLIPPED_ANYWAY)
+        if not callable(hidden):
+            raise TypeError(f"hidden must be a function of name and parameter, got {hidden!r}")
         self._hidden = hidden
         self._others: dict[str, Any] | None = None
         if others is not None:
-            betas = others_betas or ((0.9, 0.98) if others == "lion" else _BETAS)
+            betas = _OWN[others]["betas"] if others_betas is None else others_betas
             self._others = {"algorithm": others, "lr": others_lr, "weight_decay": others_weight_decay}
             self._others |= {"betas": betas, "eps": others_eps}
         defaults = {
@@ -239,7 +246,7 @@ class Muon(FusedOptimizer):
             TypeError: a value or a tensor of a type that no rule updates.
         """
         if self._stays_whole(param_group):
-            super().add_param_group(_with_betas(param_group))
+            super().add_param_group(self._completed(param_group))
             return
         count, (hidden, rest) = len(self.param_groups), self._sorted(param_group["params"])
         own = {key: value for key, value in param_group.items() if key != "lr"}
@@ -253,6 +260,17 @@ class Muon(FusedOptimizer):
             del self.param_groups[count:]
             raise
 
+    def _completed(self, group: Any) -> Any:
+        """A group with what its own algorithm needs, which is that of the others if they share it."""
+        if not isinstance(group, dict):
+            return group
+        algorithm = group.get("algorithm", "muon")
+        if algorithm == "muon" and group.get("spectral") is not None:
+            raise ValueError(_CLIPPED_ANYWAY)
+        if self._others is not None and self._others["algorithm"] == algorithm:
+            return {**self._others, **group}
+        return {**_OWN.get(algorithm, {}), **group}
+
     def _stays_whole(self, group: Any) -> bool:
         """Whether a group is not to be divided; torch says what is wrong with one that is no dict."""
         if self._others is None or not isinstance(group, dict) or "algorithm" in group:
@@ -265,6 +283,11 @@ class Muon(FusedOptimizer):
         parts: tuple[list[Any], list[Any]] = ([], [])
         for item in items:
             name, param = item if isinstance(item, tuple) else ("", item)
+            if not name and isinstance(param, Tensor) and param.ndim > 1 and self._hidden is is_hidden_matrix:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} came without a name, and embeddings and "
+                    "heads are known by theirs; give model.named_parameters(), or hidden=function"
+                )
             hidden = isinstance(param, Tensor) and self._hidden(name, param)
             parts[0 if hidden else 1].append(item)
         return parts

@@ -25,8 +25,12 @@ ALGORITHMS: Mapping[str, Rule] = {"muon": MUON, "adamw": RULES["adam"], "lion": 
 """The rules that groups of one optimizer may follow."""
 
 
-def triples(coefficients: Sequence[Any]) -> Sequence[Sequence[float]]:
+def triples(coefficients: Any) -> Sequence[Sequence[float]]:
     """Coefficients of each step, also if one triple was given for all."""
+    if not isinstance(coefficients, Sequence):
+        raise TypeError(
+            f"ns_coefficients must be a name, (a, b, c) or a list of such triples, got {coefficients!r}"
+        )
     alone = len(coefficients) > 0 and isinstance(coefficients[0], int | float)
     return [coefficients] if alone else coefficients
 
@@ -52,6 +56,8 @@ def check_newton_schulz(group: Mapping[str, Any]) -> None:
             "torch.float16"
         )
     beta2 = group["beta2"]
+    if beta2 is not None and (isinstance(beta2, bool) or not isinstance(beta2, int | float | torch.Tensor)):
+        raise TypeError(f"beta2 must be a number in [0, 1), or None, got {beta2!r}")
     if beta2 is not None and not 0.0 <= beta2 < 1.0:
         raise ValueError(f"Invalid beta2: {beta2}; it must be in [0, 1), or None")
     if group["radius"] is not None:

@@ -26,11 +26,6 @@ from .kernels.spec import Hyper
 from .matrix_functions import soft_clip
 from .scalars import cos, limit
 
-# Of a spectral norm to its threshold, up to which a GPU takes enough steps: an update of ones in every entry
-# of 8192 rows and columns has a norm of 8192, a Gaussian one of 180.
-_MAX_RATIO = 1e3
-
-
 _DECAYS: Mapping[str, Callable[[Any], Any]] = {
     "constant": lambda x: 1.0 + 0.0 * x,
     "linear": lambda x: 1 - x,
@@ -149,9 +144,10 @@ class SpectralClip:
         p = p - lr * alpha * H_post(u) - lr * weight_decay * p     alpha = sqrt(max(1, rows / columns))
 
     where ``u`` is the optimizer's own update without learning rate and weight decay, and the gradient is
-    ``H_pre(g)``, after loss scaling and norm clipping. A matrix that is zero stays zero; one with a NaN
-    becomes NaN and leaves the others alone. A vector ``v`` is clipped to ``v / sqrt(1 + |v|**2 / c**2)``,
-    also where it is shorter than ``c``: the authors' code leaves those alone and jumps at ``c``.
+    ``H_pre(g)``, after loss scaling and norm clipping (the paper takes the norm of clipped gradients). A
+    matrix that is zero stays zero; one with a NaN becomes NaN and leaves the others alone. A vector ``v`` is
+    clipped to ``v / sqrt(1 + |v|**2 / c**2)``, also where it is shorter than ``c``: the authors' code leaves
+    those alone and jumps at ``c``.
 
     States and parameters keep their storage. Bytes moved per fp32 parameter beside the matrix products:
     28 for AdamW's moments and update, 12 to move the parameters; the workspace is shared by all.
@@ -163,7 +159,8 @@ class SpectralClip:
         apply_to: ``"matrices"`` (two dimensions and more), ``"all"`` (vectors too), name patterns or a
             predicate of name and parameter; names come from ``AdamW(model.named_parameters())``.
         split: fused matrices, such as ``{"*.qkv_proj.*": 3}`` or ``{"*.qkv*": (2048, 512, 512)}`` rows.
-        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone.
+        workspace_bytes: memory for the matrices that are worked on together; a larger one is alone, and the
+            updates of one parameter (4 bytes per element) are there whatever this says.
 
     Raises:
         ValueError: thresholds that are not positive, nothing to clip.
@@ -224,7 +221,7 @@ class _Clip(WholeMatrices):
     def bytes_per_element(self, param: Tensor) -> float:
         """Squares of the smaller dimension have copies, more of them than the matrices themselves."""
         rows, columns = (1, *param.shape)[-2:] if param.ndim < 4 else (len(param), math.prod(param.shape[1:]))
-        return 20 + 80 * min(rows, columns) / max(rows, columns, 1)
+        return 26 + 80 * min(rows, columns) / max(rows, columns, 1)
 
     def reads_gradients(self) -> bool:
         return self.pre is not None
@@ -236,11 +233,11 @@ class _Clip(WholeMatrices):
         )
 
     def gradient(self, g: Tensor, scalars: Sequence[Any]) -> Tensor:
-        return soft_clip(g, scalars[1], max_ratio=_MAX_RATIO)
+        return soft_clip(g, scalars[1])
 
     def update(self, u: Tensor, scalars: Sequence[Any], shared: Sequence[Tensor], p: Tensor | None) -> Tensor:
         if self.post is None:
             return u
         m, n = u.shape[-2:]
         # A vector, though its matrix has one row, is not scaled, and a tall one has no columns to speak of.
-        return soft_clip(u, scalars[0], max_ratio=_MAX_RATIO).mul_(max(1.0, m / n) ** 0.5)
+        return soft_clip(u, scalars[0]).mul_(max(1.0, m / n) ** 0.5)

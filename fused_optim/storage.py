@@ -304,7 +304,7 @@ def complete_state(
         state[ORDER] = torch.tensor(memory_order(local_view(param)), device="cpu")
     for key, per in rule.shared:
         if state.get(key) is None:
-            state[key] = torch.zeros(per.shape(tuple(param.shape)), device=param.device)
+            state[key] = torch.zeros(per.shape(tuple(param.shape)), dtype=torch.float32, device=param.device)
 
 
 def check_state(

@@ -188,12 +188,13 @@ class MatrixBucket(Bucket):
         if not any(isinstance(value, Tensor) for value in values) and len(set(values)) == 1:
             return values[0]
         if not self.steps_on_device:
-            return torch.tensor([values[row] for row in self.row_indices], device=self.device)
+            numbers = [values[row] for row in self.row_indices]
+            return torch.tensor(numbers, dtype=torch.float32, device=self.device)
         # torch.full and not torch.tensor, which would copy from the host: not while a graph is captured.
         parts = [
             value.float().expand(length)
             if isinstance(value, Tensor)
-            else torch.full((length,), value, device=self.device)
+            else torch.full((length,), value, dtype=torch.float32, device=self.device)
             for value, length in zip(values, lengths, strict=True)
         ]
         return torch.cat(parts)
@@ -271,9 +272,20 @@ class MatrixBucket(Bucket):
             repeats = len(batch) // len(view)
             each = [s.repeat_interleave(repeats) if isinstance(s, Tensor) else s for s in scalars]
             p = None if params is None else others.pop()
-            result = function(batch, each, others, p)
-            if result is not batch or batch.data_ptr() != view.data_ptr():
-                view.copy_(result.view(view.shape))
+            for part in self._parts(batch):
+                some = [s[part] if isinstance(s, Tensor) else s for s in each]
+                u = batch[part]
+                result = function(u, some, [other[part] for other in others], None if p is None else p[part])
+                if result is not u:
+                    u.copy_(result)
+            if batch.data_ptr() != view.data_ptr():
+                view.copy_(batch.view(view.shape))
+
+    def _parts(self, batch: Tensor) -> list[slice]:
+        """Matrices of one parameter that are worked on together, where all are too many."""
+        each = max(batch[0].numel(), 1) * self.cut.bytes_per_element(self.members[0].param)
+        size = max(1, int(self.cut.workspace_bytes // each))
+        return [slice(start, start + size) for start in range(0, len(batch), size)]
 
 
 def _adopt(members: Sequence[Member], name: str) -> Tensor:

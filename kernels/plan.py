@@ -43,7 +43,9 @@ def _cut_buckets(parts: Sequence[list[Member]], steps_on_device: bool) -> list[B
     for part in parts:
         device = part[0].key.device
         needed[device] = max(needed.get(device, 0), sum(member.numel for member in part))
-    memory = {device: torch.zeros(numel, device=device) for device, numel in needed.items()}
+    memory = {
+        device: torch.zeros(numel, dtype=torch.float32, device=device) for device, numel in needed.items()
+    }
     return [
         MatrixBucket(key, part, steps_on_device and key.device.type != "cpu", memory[key.device])
         for part in parts

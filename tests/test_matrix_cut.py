@@ -166,7 +166,7 @@ def test_matrices_share_a_workspace_of_bounded_size() -> None:
         assert optimizer._plan is not None
         return params, optimizer._plan.buckets
 
-    (whole, together), (parts, apart), (one, alone) = (run(size) for size in (1 << 20, 3 * 100 * 256, 1))
+    (whole, together), (parts, apart), (one, alone) = (run(size) for size in (1 << 20, 3 * 106 * 256, 1))
     assert [len(bucket.members) for bucket in together] == [10, 1]
     assert [len(bucket.members) for bucket in apart] == [3, 3, 3, 1, 1]
     assert [len(bucket.members) for bucket in alone] == [1] * 11

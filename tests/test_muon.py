@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unclamped": {"adjust_lr_fn": "spectral_unclamped", "maximize": True},
     "normuon": {"beta2": 0.9, "lr": 0.05},
     "fixed_radius": {"radius": "fixed", "lr": 0.1},
+    "fixed_radius_and_decay": {"radius": "fixed", "lr": 0.1, "weight_decay": 2.0},
     "current_radius": {"radius": "current", "lr": 0.1},
     "normuon_on_a_sphere": {"radius": "fixed", "beta2": 0.95, "lr": 0.1, "weight_decay": 0.0},
 }
@@ -355,7 +356,21 @@ WRONG: dict[str, tuple[list[tuple[str, Tensor]], dict[str, Any], str]] = {
     "split": (_make(4, 4), {"split": {"blocks.*": 3}}, "does not fit parameter 0 of group 0"),
     "split_on_a_sphere": (_make(4, 4), {"split": {"blocks.*": 2}, "radius": "fixed"}, "do not go together"),
     "algorithm": (_make(4, 4), {"momentum": -1.0}, "momentum"),
+    "not_a_number": (_make(4, 4), {"ns_coefficients": (1.5, float("nan"), 0.0)}, "finite numbers"),
+    "no_name": ([("", torch.zeros(4, 4))], {"others": "adamw"}, "(4, 4).*without a name.*named_parameters"),
 }
+WRONG_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "beta2": ({"beta2": "a"}, "beta2 must be a number in"),
+    "coefficients": ({"ns_coefficients": 5}, "ns_coefficients must be a name, .* got 5"),
+    "hidden": ({"others": "adamw", "hidden": 3}, "hidden must be a function .* got 3"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_types_that_are_refused(name: str) -> None:
+    options, message = WRONG_TYPES[name]
+    with pytest.raises(TypeError, match=message):
+        fused_optim.Muon(_make(4, 4), **options)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -151,3 +151,19 @@ def test_results_require_no_gradients(rows: int) -> None:
     assert not inverse_sqrt(X).requires_grad
     assert not spectral_norm(X).requires_grad
     assert not spectral_norm(X, upper=True).requires_grad
+
+
+def test_float64_far_above_the_norm() -> None:
+    """What a threshold leaves alone comes back as exactly as asked for."""
+    X = torch.randn(50, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for c, tolerance in ((math.inf, None), (1e9, None), (math.inf, 1e-12), (3e4, 1e-12)):
+        error = torch.dist(soft_clip(X, c, tolerance=tolerance), _clipped(X, c)) / X.norm()
+        assert error <= (1e-9 if tolerance is None else 1e-12)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(64, 64, 1), (64, 200, 8), (300, 300, 5)])
+def test_missing_directions_stay_missing(m: int, n: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    X = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+    values = torch.linalg.svdvals(orthogonalize(X, steps=8, dtype=torch.float32).double())
+    assert (values[:rank] - 1).abs().max() < 2e-3 and values[rank:].max() < 2e-2

@@ -56,6 +56,9 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "final type": (lambda: ClipSchedule(final_scale="0"), TypeError, "final_scale must be"),  # pyright: ignore[reportArgumentType]
     "fraction": (lambda: ClipSchedule(decay_fraction=0.0), ValueError, "decay_fraction"),
     "radius": (lambda: Hypersphere("large"), ValueError, "'fixed', 'current'"),
+    "eps": (lambda: Hypersphere(eps=0.0), ValueError, "eps=0.0 must be positive"),
+    "eps type": (lambda: Hypersphere(eps="a"), TypeError, "eps must be a positive number"),  # pyright: ignore[reportArgumentType]
+    "no names": (lambda: SpectralClip(apply_to=[]), TypeError, "apply_to must be .* got \\[\\]"),
     "option": (
         lambda: fused_optim.AdamW([torch.ones(2, 2)], spectral=10.0),  # pyright: ignore[reportArgumentType]
         TypeError,

@@ -29,8 +29,10 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "muon": partial(fused_optim.Muon, workspace_bytes=WORKSPACE),
     "normuon": partial(fused_optim.NorMuon, workspace_bytes=WORKSPACE),
     "muonh": partial(fused_optim.MuonH, workspace_bytes=WORKSPACE),
+    "muon_fp32": partial(fused_optim.Muon, workspace_bytes=WORKSPACE, ns_dtype=torch.float32),
 }
-SHAPES = ((16, 16), (128, 128), (192, 192), (64, 512), (512, 64), (8, 32, 32), (32, 16, 3, 3))
+SHAPES = ((16, 16), (40, 40), (96, 96), (128, 128), (192, 192), (64, 512), (512, 64), (1, 4096))
+STACKS = ((2, 64, 64), (8, 32, 32), (32, 16, 3, 3))
 
 
 class MostMemory(TorchDispatchMode):
@@ -59,7 +61,7 @@ class MostMemory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + STACKS, ids=str)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_workspace_holds_what_matrices_need(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
     count = 4 * WORKSPACE // (4 * torch.Size(shape).numel())
@@ -73,3 +75,22 @@ def test_the_workspace_holds_what_matrices_need(make: Callable[..., Any], shape:
         optimizer.step()
     alone = 100 * torch.Size(shape).numel()
     assert 0 < memory.most <= max(WORKSPACE, alone)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_stack_is_worked_on_in_parts(name: str) -> None:
+    """Its weights and updates are there whole; the matrices are those of as many parameters."""
+    shape = (80, 64, 128)
+    stack = Parameter(torch.randn(shape))
+    apart = [Parameter(matrix.clone()) for matrix in stack.detach()]
+    stack.grad = torch.randn(shape)
+    for param, grad in zip(apart, stack.grad, strict=True):
+        param.grad = grad.clone()
+    optimizers = MAKERS[name]([stack]), MAKERS[name](apart)
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in apart]), rtol=1e-4, atol=1e-5)
+    with MostMemory() as memory:
+        optimizers[0].step()
+    whole = 8 if name in ("sphere", "muonh") else 4
+    assert 0 < memory.most <= WORKSPACE + whole * stack.numel()

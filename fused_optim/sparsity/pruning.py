@@ -70,8 +70,8 @@ def prune(
     """Sets all but the ``n`` largest of every ``m`` neighbouring weights of a model to zero, in place.
 
     Without ``apply_to`` these are the matrices, stacks and convolutions in the middle of the model whose
-    width is a multiple of ``m``: no embeddings and heads, known by their names (``*embed*``, ``*wte*``,
-    ``*wpe*``, ``*lm_head*``, ``head.*``, ``*.head.*``, ``output.*``) or by being tied to one.
+    width is a multiple of ``m``: no embeddings and heads, known by their names (those of
+    :class:`fused_optim.Muon`) or by being tied to one.
 
     Args:
         model: any module; an optimizer that keeps its own copy of the weights does not see the change.

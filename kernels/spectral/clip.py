@@ -25,7 +25,7 @@ from .products import gram
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.2e-2, torch.float16: 5e-4}
 """Largest relative error of a singular value that is asked for, by dtype of the matrix."""
 
-_LOOSE = 2.0**10
+_LOOSE, _LOOSEST = 2.0**10, 2.0**26
 # Below this share of the norm singular values are rounding; d may stay there.
 _TIGHT = {torch.float64: 2.0**-26, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-20}
 # Fourth powers of norms between 2^-24 and 2^24 stay in the range of float32, also spread over a matrix.
@@ -80,20 +80,22 @@ def _as_float32(Y: Tensor) -> bool:
     return Y.dtype is torch.bfloat16 and (small or blas.by_onednn(m, n, Y.device.type))
 
 
-def _problem(X: Tensor, c: float | Tensor) -> tuple[Problem, Tensor | None, bool]:
+def _problem(X: Tensor, c: float | Tensor, tolerance: float) -> tuple[Problem, Tensor | None, bool]:
     """Also what its results are multiplied with at the end, if anything; and whether X is tall."""
     Y, tall = wide(X)
     Y = Y.float() if Y.dtype is torch.float16 or _as_float32(Y) else Y
     norm, tight = frobenius(Y), _TIGHT[Y.dtype]
+    # A bound so far above the norm changes less than is asked for.
+    loose = min(max(_LOOSE, tolerance**-0.5), _LOOSEST)
     if Y.device.type == "cpu":
         norms = norm.flatten().tolist()
         if all(abs(math.frexp(each)[1]) < _NORMAL for each in norms):
-            factor, d = _bounds(c, X, norms, tight, _LOOSE)
+            factor, d = _bounds(c, X, norms, tight, loose)
             return Problem(Y, d, factor), None, tall
     U, norm, scale = _scaled(Y, norm)
     size = torch.where(norm > 0, norm, 1.0)
     d = per_matrix(c, X) * scale
-    d = torch.minimum(d, _LOOSE * size)
+    d = torch.minimum(d, loose * size)
     least = torch.maximum(d, tight * size)
     factor, rest = torch.where(norm.isfinite(), least, torch.nan), d / least / scale
     if X.device.type != "cpu":
@@ -185,14 +187,14 @@ def soft_clip(X: Tensor, c: float | Tensor, tolerance: float | None = None, max_
     if on_cpu and small and X.dtype is not torch.float64:
         return _by_eigenvalues(X, c)
     tolerance = TOLERANCE[X.dtype] if tolerance is None else tolerance
-    given, rest, tall = _problem(X, c)
+    given, rest, tall = _problem(X, c, tolerance)
     if on_cpu:
         return restore(_times(_on_cpu(given, tolerance), rest), X, tall)
     return restore(stacked.soft_clip(*given, tolerance, max_ratio), X, tall)
 
 
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
-    given, rest, tall = _problem(X, c)
+    given, rest, tall = _problem(X, c, TOLERANCE[X.dtype])
     if X.device.type != "cpu":
         return restore(stacked.hard_clip(*given), X, tall)
     U, d, factor = given

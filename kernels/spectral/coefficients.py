@@ -67,6 +67,8 @@ def _custom(given: Iterable[Iterable[float]]) -> Schedule:
         raise ValueError(
             f"coefficients: got {given!r}; every step needs exactly three numbers: give {allowed}"
         )
+    if not all(math.isfinite(x) for step in steps for x in step):
+        raise ValueError(f"coefficients: got {given!r}; give finite numbers")
     return Schedule(tuple((a, b, c) for a, b, c in steps))
 
 

@@ -170,8 +170,9 @@ def inverse_root(S: Tensor, ratio: float, tolerance: float) -> Tensor:
     for method in dict.fromkeys(methods):
         invert, work = method
         chosen = [i for i, found in enumerate(methods) if found == method]
-        shifts = torch.tensor([terms.shifts[i] for i in chosen], dtype=work)
-        weights = torch.tensor([terms.constant * terms.weights[i] for i in chosen], dtype=work)
+        shifts = torch.tensor([terms.shifts[i] for i in chosen], dtype=work, device=S.device)
+        factors = [terms.constant * terms.weights[i] for i in chosen]
+        weights = torch.tensor(factors, dtype=work, device=S.device)
         # Terms together: threads wait for each other once a product, not once a term.
         for matrix, result in zip(S, total, strict=True):
             inverses = invert(matrix.expand(len(chosen), -1, -1), shifts, work)

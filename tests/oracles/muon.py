@@ -34,7 +34,6 @@ def muon(
     }
     scale = scales.get(adjust_lr_fn or "", np.sqrt(max(1, rows / columns)))
     buffer, second, first_norm = np.zeros_like(theta), np.zeros((rows, 1)), np.linalg.norm(theta)
-    first_norm *= 1 - lr * weight_decay
     for given in grads:
         gradient = -given if maximize else given
         buffer = momentum * buffer + (1 - momentum) * gradient

@@ -10,7 +10,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-2-core-avx512"
 EPYC = RESULTS.with_name("cpu-2-core-epyc")
-TEXT = (ROOT / "README.md").read_text()
+FILES = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "numbers.md")}
+TEXT = "\n".join(FILES.values())
+"""The README, and the page of numbers that belongs to it."""
 FLAT = " ".join(TEXT.split())
 """Without line breaks."""
 

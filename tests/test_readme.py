@@ -15,22 +15,31 @@ import torch
 import fused_optim
 from bench import sparse_learning
 from fused_optim.training import plan, plan_command, pretrain
-from tests.readme import EPYC, FLAT, ROOT, TEXT, result_of, says, table_rows
+from tests.readme import EPYC, FILES, FLAT, ROOT, TEXT, result_of, says, table_rows
 
 
 def test_every_path_exists() -> None:
-    links = re.findall(r"\]\(([^)#][^)]*)\)", TEXT)
-    code = re.findall(r"`((?:bench|tests|fused_optim|kernels|csrc)/[\w./]*)`", TEXT)
-    paths = [link for link in links if "://" not in link]
-    assert len(paths) > 10 and code
-    missing = [path for path in (*paths, *code) if "<" not in path and not (ROOT / path).exists()]
-    assert missing == []
+    paths: list[Path] = []
+    for file, text in FILES.items():
+        links = re.findall(r"\]\(([^)#][^)#]*)(?:#[^)]*)?\)", text)
+        paths += [file.parent / link for link in links if "://" not in link]
+        code = re.findall(r"`((?:bench|tests|fused_optim|kernels|csrc)/[\w./]*)`", text)
+        paths += [ROOT / path for path in code if "<" not in path]
+    assert len(paths) > 50
+    assert [path for path in paths if not path.exists()] == []
 
 
 def test_every_anchor_exists() -> None:
-    heads = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+    anchors = {
+        file: {
+            re.sub(r"[^\w -]", "", head).lower().replace(" ", "-")
+            for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        }
+        for file, text in FILES.items()
+    }
+    for file, text in FILES.items():
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            assert anchor in anchors[(file.parent / link if link else file).resolve()]
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```py\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,20 @@ def test_learns_and_agrees_with_torch(text: Path, tmp_path: Path, capsys: pytest
     assert "torch AdamW" in table
     assert (out / pretrain.FIGURE).read_bytes().startswith(b"\x89PNG")
     assert results["environment"]["torch"] == torch.__version__
+    assert results["command"].startswith("python ") and "commit" in results["environment"]
     assert results["config"]["lr"] == 1e-2
+
+
+def test_results_name_their_command_and_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python", "-m", "fused_optim", "pretrain", "--glob", "*.py"])
+    assert report._command() == "python -m fused_optim pretrain --glob '*.py'"
+    monkeypatch.setenv("FUSED_OPTIM_COMMIT", "abc123")
+    if shutil.which("git") and (report._ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", report.environment("cpu")["commit"])
+    monkeypatch.setattr(report, "_ROOT", tmp_path)
+    assert report.environment("cpu")["commit"] == "abc123"
+    monkeypatch.delenv("FUSED_OPTIM_COMMIT")
+    assert report.environment("cpu")["commit"] is None
 
 
 def test_memory_is_measured(text: Path, tmp_path: Path) -> None:
@@ -124,7 +139,7 @@ def test_resuming_is_bit_exact(
     finished_alone = contender == "fused_optim" and step == 10 and "torch" not in _results(whole)["runs"]
     assert code == (0 if finished_alone else 128 + number)
     assert f"--resume {halves}" in capsys.readouterr().out
-    assert not (halves / pretrain.RESULTS).exists()
+    assert (halves / pretrain.RESULTS).exists() == (contender == "torch" or step == 10)
     assert _pretrain("--resume", halves) == 0
 
     expected, found = _results(whole)["runs"], _results(halves)["runs"]

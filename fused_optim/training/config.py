@@ -18,7 +18,7 @@ from .optimizers import OPTIMIZERS
 from .sparse import RECIPES, build_recipe
 from .storages import check_codecs, split
 
-_FREE_ON_RESUME = {"resume", "out", "checkpoint_every"}
+_FREE_ON_RESUME = {"resume", "out", "checkpoint_every", "no_checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("files").add_argument
     add("--out", metavar="FOLDER", help="default: runs/<preset>-<optimizer>-<time>")
     add("--checkpoint-every", type=int, metavar="N", help="steps (default: 0, only when interrupted)")
+    add("--no-checkpoint", action="store_true", help="not even when interrupted: it may take gigabytes")
     add("--resume", metavar="FOLDER", help="continue an interrupted run with its own options")
     return parser
 
@@ -192,6 +193,10 @@ def resolve(given: Mapping[str, Any]) -> PretrainConfig:
     Raises:
         UsageError: a value out of range, or options that contradict each other.
     """
+    _require(
+        not (given.get("no_checkpoint") and given.get("checkpoint_every")),
+        "--no-checkpoint does not go with --checkpoint-every; leave one out",
+    )
     preset = given.get("preset", "tiny")
     shape = PRESETS[preset]
     optimizer = given.get("optimizer", "adamw")

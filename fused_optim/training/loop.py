@@ -93,7 +93,7 @@ class Trainer:
         self.corpus = corpus
         self.device = torch.device(config.device)
         dtype = param_dtype(contender, config)
-        self.model = build_model(config, config.seed)
+        self.model = build_model(config, config.seed, self.device)
         weights = [p.detach().clone() for p in self.model.parameters()]
         self.model.to(self.device, DTYPES[dtype])
         self._flips: FlipRate | None = None
@@ -177,7 +177,10 @@ class Trainer:
             self._flips.load_state_dict(state.get("masks", self._flips.state_dict()))
 
     def run(self, interrupt: Interrupt, save: Callable[[Trainer], None], show_bar: bool) -> bool:
-        """Trains to the end, or until interrupted; True if it is finished."""
+        """Trains to the end, or until interrupted; True if it is finished.
+
+        ``save`` is called where a checkpoint is due and when interrupted.
+        """
         config = self.config
         bar = tqdm(
             total=config.steps,

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Trains the same Llama twice from the same seed on the same batches, once with this library's
     optimizer and once with torch's (``--compare none``: only ours). Writes ``results.json`` and
-    ``report.png`` into a folder under ``runs/``. Ctrl-C and SIGTERM save a checkpoint, from which
+    ``report.png`` into a folder under ``runs/`` after each. Ctrl-C and SIGTERM save a checkpoint, from which
     ``--resume`` continues with the same losses, bit for bit, on the same machine. A model that
     ``--sparsity`` made N:M is written there as well (``model.safetensors``, for
     :func:`fused_optim.sparsity.load_sparse`).
@@ -74,11 +74,15 @@ def _start(given: dict[str, Any]) -> int:
         )
     folder = _folder(given, config)
     with _reproducible(config.device):
-        return _Session(config, corpus, folder, started, resumed).run()
+        session = _Session(config, corpus, folder, started, resumed)
+        session.keeps_checkpoints = "no_checkpoint" not in given
+        return session.run()
 
 
 class _Session:
     """The contenders one after the other, and one checkpoint for wherever they are."""
+
+    keeps_checkpoints = True
 
     def __init__(
         self,
@@ -105,36 +109,51 @@ class _Session:
 
     def run(self) -> int:
         from .loop import Interrupt, Trainer
-        from .report import write_report
         from .sparse import export
 
         print(self.corpus.summary())
         if self.resumed:
             self._announce()
+        text = ""
         with Interrupt() as interrupt:
             for name in self.waiting:
                 if name != self.trainer.contender:
                     self.trainer = Trainer(name, self.config, self.corpus)
                 if not self.trainer.run(interrupt, self.save, sys.stderr.isatty()):
                     assert interrupt.signal is not None
-                    print(f"{self._where()}; continue with")
-                    print(f"  python -m fused_optim pretrain --resume {self.folder}")
+                    self._say_how_to_continue()
                     return 128 + interrupt.signal
                 record = self.trainer.record
                 export(self.trainer.model, record.sparsity, self.folder / SPARSE_MODEL)
                 self.finished[name] = record
-            # Still inside: a signal now must not throw the finished training away.
-            self.folder.mkdir(parents=True, exist_ok=True)
-            seconds = time.perf_counter() - self.started
-            paths = self.folder / RESULTS, self.folder / FIGURE
-            print(write_report(self.config, self.corpus, self.finished, self.environment, seconds, *paths))
+                # Still inside, after each: a signal must not throw finished training away.
+                text = self._report()
+            print(text)
         if any(record.sparsity.get("wrong") for record in self.finished.values()):
             print(f"pretrain: error: the model is not {self.config.pattern}, see above", file=sys.stderr)
             return 1
         return 0
 
+    def _report(self) -> str:
+        """Writes what is finished so far; returns its text."""
+        from .report import write_report
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seconds = time.perf_counter() - self.started
+        paths = self.folder / RESULTS, self.folder / FIGURE
+        return write_report(self.config, self.corpus, self.finished, self.environment, seconds, *paths)
+
+    def _say_how_to_continue(self) -> None:
+        if not self.keeps_checkpoints:
+            print(f"{self._where()}; nothing was kept of it (--no-checkpoint)")
+            return
+        print(f"{self._where()}; continue with")
+        print(f"  python -m fused_optim pretrain --resume {self.folder}")
+
     def save(self, trainer: Any) -> None:
         """Replaces the checkpoint; a crash meanwhile leaves the old one."""
+        if not self.keeps_checkpoints:
+            return
         state = {
             "config": asdict(self.config),
             "fingerprint": self.corpus.fingerprint,

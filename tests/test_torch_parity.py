@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import lion_pytorch
 import pytest
 import torch
 from torch.nn import Parameter
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fused_optim
+
+# Neither needs a GPU: a machine for GPU tests alone may lack them.
+lion_pytorch = pytest.importorskip("lion_pytorch")
+pytest.importorskip("expecttest", reason="torch's list of optimizers needs expecttest")
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db  # noqa: E402
 
 OURS: dict[Any, Any] = {
     torch.optim.Adam: fused_optim.Adam,

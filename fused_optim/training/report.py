@@ -6,6 +6,9 @@ import json
 import math
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -24,6 +27,8 @@ from .loop import Record
 from .sparse import sentence
 
 _PARTS = ("parameters", "gradients", "states")
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = ("fused_optim", "kernels", "csrc")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -38,7 +43,31 @@ def environment(device: str) -> dict[str, Any]:
         "logical_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+`` if sources differ; elsewhere what FUSED_OPTIM_COMMIT names."""
+    # Without a .git of its own git would answer for a repository around an installation.
+    commit = _git("rev-parse", "--short=12", "HEAD") if (_ROOT / ".git").exists() else None
+    if commit is None:
+        return os.environ.get("FUSED_OPTIM_COMMIT") or None
+    return commit + ("+" if _git("status", "--porcelain", "--", *_SOURCES) else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.check_output(
+            ["git", *arguments], cwd=_ROOT, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _command() -> str:
+    """What started this process, without the path of its Python."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def _cpu_name() -> str:
@@ -161,6 +190,7 @@ def write_report(
     elements = next(iter(records.values())).elements
     results = {
         "format": 1,
+        "command": _command(),
         "config": asdict(config),
         "environment": machine,
         "data": {

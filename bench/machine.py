@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -29,6 +30,9 @@ PACKAGES = (
     ),
     *("heavyball", "flashoptim", "deepspeed", "muonium", "gram-newton-schulz", "flash-muon", "quack-kernels"),
 )
+COMMIT = "FUSED_OPTIM_COMMIT"
+"""The variable that names the commit of a copy without .git."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("fused_optim", "kernels", "csrc", "bench", ":!bench/results")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -63,10 +67,11 @@ def _run(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``+`` if anything that runs differs from it; None outside of git."""
-    commit = _run("git", "rev-parse", "--short=12", "HEAD")
+    """The checkout's commit, with ``+`` if anything that runs differs from it; a copy's is in ``COMMIT``."""
+    # Without its own .git git would answer for a repository around the copy.
+    commit = _run("git", "rev-parse", "--short=12", "HEAD") if (_ROOT / ".git").exists() else None
     if commit is None:
-        return None
+        return os.environ.get(COMMIT) or None
     changed = _run("git", "status", "--porcelain", "--", *_SOURCES)
     return commit + ("+" if changed else "")
 
@@ -128,7 +133,34 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def present(name: str) -> str:
+    """The name of a device that is here, for a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is unknown, or not here.
+    """
+    allowed = "allowed are cpu and, with a GPU, cuda or cuda:NUMBER"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"unknown device {name!r}: {allowed}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"nothing runs on {name!r}: {allowed}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = f"only {count} of them" if count else "no GPU: give cpu, or install a torch with CUDA"
+        raise argparse.ArgumentTypeError(f"{name!r} is not here, torch sees {there}")
+    return name
+
+
 def main(argv: list[str]) -> int:
-    device = torch.device(argv[0] if argv else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(describe(device), indent=2))
+    parser = argparse.ArgumentParser(prog="python -m bench machine", description=__doc__)
+    parser.add_argument(
+        "device",
+        nargs="?",
+        type=present,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:NUMBER (default: the GPU where there is one)",
+    )
+    print(json.dumps(describe(torch.device(parser.parse_args(argv).device)), indent=2))
     return 0

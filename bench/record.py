@@ -14,7 +14,9 @@ import torch
 
 from .machine import describe
 
-SCHEMA = 1
+SCHEMA = COMMON_ROUNDS = 2
+"""Since 2 a ratio is of medians over the rounds that both contenders took, and rows of steps hold theirs."""
+
 Record = dict[str, Any]
 
 

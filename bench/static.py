@@ -13,8 +13,7 @@ import argparse
 import itertools
 import math
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -30,14 +29,7 @@ from fused_optim.kernels.triton.budget import (
 )
 
 from .compiled import CAPABILITIES, bound, check_triton, command_line, run, write
-from .machine_code import (
-    Access,
-    disassemble,
-    executed_path,
-    executed_per_tile,
-    instructions,
-    main_accesses,
-)
+from .machine_code import Access, disassemble, executed_path, executed_per_tile, instructions, main_accesses
 from .static_cases import (
     CODED,
     DENSE,
@@ -52,6 +44,8 @@ from .static_cases import (
     STORAGES,
 )
 from .static_masks import SEARCHES, model, search, traffic
+
+_COMPILED = (75, 80, 86, 87, 89, 90, 100, 103, 120, 121)  # what Triton and its ptxas know
 
 _TYPES = {"tiles": "*i32", "table": "*i64", "rows": "*fp32", "layouts": "*i64", "partials": "*fp64"}
 
@@ -369,32 +363,38 @@ def _chosen(options: argparse.Namespace) -> list[Job]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line("static", __doc__)
-    parser.add_argument("--rule", nargs="+", default=tuple(RULES), choices=RULES, help="only these rules")
+    parser.add_argument("--rule", nargs="+", choices=RULES, help="only these rules (default: all)")
+    # None: not given.
+    parser.set_defaults(sm=None)
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument("--quick", action="store_true", help="just what the tests compile")
     selection.add_argument("--every", action="store_true", help="every storage of every tensor (hours)")
-    selection.add_argument(
-        "--storages",
-        nargs="+",
-        type=_storage,
-        metavar="PARAMETER/STATES",
-        help="only these; /GRADIENT may follow",
-    )
+    named = "PARAMETER/STATES"
+    selection.add_argument("--storages", nargs="+", type=_storage, metavar=named, help="or with /GRADIENT")
     return parser
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, where nothing is ignored."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for name in ("sm", "rule"):
+        if options.quick and getattr(options, name):
+            parser.error(f"--{name} with --quick, which compiles a list of its own: leave one of them out")
+    unknown = sorted({*(options.sm or ())} - {*_COMPILED})
+    if unknown:
+        parser.error(f"--sm {unknown[0]}: Triton compiles for {', '.join(map(str, _COMPILED))}")
+    options.sm, options.rule = options.sm or CAPABILITIES, options.rule or tuple(RULES)
+    check_triton(parser)
+    return options
 
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    check_triton(parser)
+    options = _options(argv)
     reports = run(report, _chosen(options), options.workers)
     print(table(reports))
     write("static", argv, options, [asdict(r) | {"share": r.share, "bound": r.bound} for r in reports])
     faults = [" ".join((*_label(r), r.arithmetic, f"sm_{r.sm}", r.fault)) for r in reports if r.fault]
     print("\n".join(faults) or "no kernel spills, and each moves the bytes of its model")
     return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

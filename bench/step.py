@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from fused_optim.kernels.codecs import CODECS, OF_DTYPE
 from fused_optim.kernels.rules import RULES
 
 from .base import compare
 from .cases import SUITES, Case, suite
-from .peers import PEERS
+from .machine import present
+from .peers import PEERS, Contender
 from .record import Record, add_out, begin, save
 from .run import free, measure
 from .shapes import parse, shrink
 from .tables import case_record, case_table, show, show_circumstances, target_table, variant_table
+
+_TAKEN: Mapping[str, tuple[str, ...]] = {
+    "shapes": ("catalogue", "variants"),
+    "rules": ("catalogue", "gpu", "variants"),
+    "peers": ("issue", "codecs", "catalogue", "gpu", "scaling"),
+}
+"""The suites that an option is for; the others have their own."""
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of rounds, 1 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,24 +49,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the CPU table with its ratios to reach",
     )
     parser.add_argument(
-        "--shapes", default="llama-1.1b", help="of catalogue and variants: 8x4Mi, 300x16, llama-1.1b, …"
+        "--shapes", help="of catalogue and variants: 8x4Mi, 300x16, … (default: llama-1.1b, on a CPU 8x4Mi)"
     )
-    parser.add_argument(
-        "--rules", default=",".join(RULES), help="rules of catalogue, gpu and variants (comma-separated)"
-    )
+    parser.add_argument("--rules", help="of catalogue, gpu and variants (comma-separated; default: all)")
     parser.add_argument(
         "--peers",
-        default="some",
-        help="all, some (without the slow ones), none, or names: " + ", ".join(PEERS),
+        help="all, some (without the slow ones; the default), none, or names: " + ", ".join(PEERS),
     )
     parser.add_argument("--cases", default="", help="only cases whose name contains this text")
     parser.add_argument(
         "--grads", choices=("fresh", "kept"), help="new gradient tensors every step, or the same"
     )
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=_count, default=40)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per case")
     parser.add_argument("--deadline", type=float, help="seconds after which no further case starts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=present, default="cuda" if torch.cuda.is_available() else "cpu")
     add_out(parser)
     parser.add_argument(
         "--base", metavar="REF", help="time our steps beside those of this commit instead of other libraries"
@@ -61,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
-    names = given.split(",") if given else []
+    names = given.split(",")
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+        raise ValueError(f"--{what} {given!r}: there is no {', '.join(unknown)!r}; known: {', '.join(known)}")
     return names
 
 
@@ -74,14 +88,66 @@ def _peers(given: str) -> list[str]:
     return _chosen(given, list(PEERS), "peers")
 
 
+def _plain(contender: Contender) -> Contender:
+    """A peer, by the dtype of its parameters: it knows nothing of our codecs."""
+    if contender.is_ours:
+        return contender
+    return replace(contender, param=OF_DTYPE[CODECS[contender.param].planes[0].dtype])
+
+
+def _named_as_stored(case: Case) -> Case:
+    """The same case: no codec in a peer's label, and no states in the name where a rule has none."""
+    plain = {contender.label: _plain(contender) for contender in case.contenders}
+    targets = [
+        replace(t, against=plain[t.against].label if t.against in plain else t.against) for t in case.targets
+    ]
+    name, first = case.name, case.contenders[0]
+    if first.is_ours and not RULES[first.rule].slots:
+        name = name.replace(f"{first.param}/{first.states}", first.param)
+    return replace(case, name=name, contenders=tuple(plain.values()), targets=tuple(targets))
+
+
+def _check(args: argparse.Namespace, name: str) -> None:
+    """Refuses what would be ignored."""
+    for option, suites in _TAKEN.items():
+        given = getattr(args, option)
+        if given is not None and name not in suites:
+            raise ValueError(
+                f"--{option} {given}: the suite {name} has its own; leave it out, or give --suite with one "
+                f"of {', '.join(suites)}"
+            )
+    for option, default in (("peers", "none"), ("deadline", None), ("samples", False)):
+        if args.base is not None and getattr(args, option) not in (None, default):
+            raise ValueError(
+                f"--{option} with --base, which times our own steps alone: leave one of them out"
+            )
+
+
 def select(args: argparse.Namespace) -> list[Case]:
+    """The cases to time.
+
+    Raises:
+        ValueError: an argument is wrong, or would be ignored, or leaves no case.
+    """
     on_gpu = args.device.startswith("cuda")
     name = args.suite or ("gpu" if on_gpu else "issue")
+    _check(args, name)
     shapes = args.shapes or ("llama-1.1b" if on_gpu else "8x4Mi")
-    cases = suite(name, _peers(args.peers), _chosen(args.rules, list(RULES), "rules"), shapes)
+    if not all(map(math.prod, parse(shapes) or [(0,)])):
+        raise ValueError(f"--shapes {shapes}: no elements to step over; use COUNTxSIZE of 1 or more each")
+    rules = list(RULES) if args.rules is None else _chosen(args.rules, list(RULES), "rules")
+    cases = suite(name, _peers("some" if args.peers is None else args.peers), rules, shapes)
+    cases = [_named_as_stored(case) for case in cases]
     if args.grads is not None:
-        cases = [Case(c.name, c.shapes, c.contenders, c.targets, args.grads, c.cold) for c in cases]
-    return [case for case in cases if args.cases.lower() in case.name.lower()]
+        cases = [replace(case, grads=args.grads) for case in cases]
+    found = [case for case in cases if args.cases.lower() in case.name.lower()]
+    if not found:
+        names = "; ".join([*(case.name for case in cases[:8]), *["…"] * (len(cases) > 8)])
+        raise ValueError(
+            f"--cases {args.cases!r} is in no name of the {len(cases)} cases of the suite {name}: {names} "
+            "(--list prints all)"
+        )
+    return found
 
 
 def _ceiling_bytes(device: torch.device, quick: bool) -> int:
@@ -113,8 +179,12 @@ def run(args: argparse.Namespace, argv: Sequence[str], cases: Sequence[Case]) ->
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
-    cases = select(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        cases = select(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.list:
         for case in cases:
             print(f"{case.name} [{case.shapes}]: " + ", ".join(c.label for c in case.contenders))

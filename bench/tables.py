@@ -63,6 +63,22 @@ def _row(row: Row, copy_gbps: float, samples: bool) -> Record:
     return record
 
 
+def _add_ratios(rows: dict[str, Row], records: dict[str, Record]) -> None:
+    """To every other library's row, each of our times over its own: the ratio, its quartiles and rounds."""
+    timed = {label: row.run.time for label, row in rows.items() if row.run is not None}
+    ours = [label for label in timed if rows[label].contender.is_ours]
+    for label in timed.keys() - set(ours):
+        records[label]["ratios"] = {
+            name: {
+                "measured": round(found[0], 4),
+                "quartiles": [round(found[1], 4), round(found[2], 4)],
+                "rounds": len(timed[name].by_round.keys() & timed[label].by_round.keys()),
+            }
+            for name in ours
+            for found in [ratio(timed[name], timed[label])]
+        }
+
+
 def _target(target: Target, rows: dict[str, Row], records: dict[str, Record]) -> Record:
     """What was reached; ``met`` is None where the figure could not be measured."""
     record: Record = {
@@ -96,6 +112,7 @@ def case_record(outcome: Outcome, samples: bool = False) -> Record:
     copy_gbps, in_place_gbps = _gbps(copy, copy.bytes), _gbps(outcome.in_place, outcome.in_place.bytes)
     rows = {row.contender.label: row for row in outcome.rows}
     records = {label: _row(row, copy_gbps, samples) for label, row in rows.items()}
+    _add_ratios(rows, records)
     return {
         "name": case.name,
         "shapes": case.shapes,
@@ -157,7 +174,8 @@ def target_table(cases: Sequence[Record]) -> Table:
                 ]
             )
     header = ["case", "against", "target", "measured", "q1–q3 of rounds", "reached"]
-    return Table("Figures to reach (a ratio is our median time over the other's)", header, lines)
+    title = "Figures to reach (a ratio is our median time over the other's, of the rounds that both took)"
+    return Table(title, header, lines)
 
 
 def variant_table(cases: Sequence[Record]) -> Table:

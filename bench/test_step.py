@@ -12,6 +12,7 @@ from bench.peers import Contender, MissingPeerError
 from bench.run import Gradients, Run
 from bench.shapes import parse
 from bench.timing import Sweep
+from bench.verify import Sampler
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,6 +30,8 @@ def test_step(case: Case, contender: Contender, benchmark: Any) -> None:
         run = Run(contender, shapes, Gradients(shapes, DEVICE), DEVICE, case.grads == "kept")
     except MissingPeerError as missing:
         pytest.skip(str(missing))
+    error = run.check(Sampler(shapes, DEVICE))
+    assert error <= contender.allowed_error, "a wrong step is not timed"
     sweep = Sweep(DEVICE) if case.cold else None
 
     def setup() -> None:

@@ -48,8 +48,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio(ours: Samples, theirs: Samples) -> tuple[float, float, float]:
-    """Ratio of the medians, and the quartiles of the ratios within rounds."""
+    """Ratio of the medians, and the quartiles of the ratios within rounds, over the rounds that both took.
+
+    A machine changes its pace while it is measured: rounds that one of them sat out say nothing of the other.
+    """
     rounds = ours.by_round.keys() & theirs.by_round.keys()
+    ours, theirs = (Samples({r: samples.by_round[r] for r in rounds}) for samples in (ours, theirs))
     q1, _, q3 = quartiles([ours.by_round[r] / theirs.by_round[r] for r in rounds])
     return ours.median / theirs.median, q1, q3
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, machine, masks, peers, shapes, step, tables, timing, verify
+from bench import cases, machine, masks, peers, shapes, static, step, tables, timing, verify
 from bench.peers import PEERS, Contender, MissingPeerError
 from bench.run import Gradients, Run, measure
 from fused_optim.kernels.codecs import CODECS
@@ -115,12 +115,30 @@ def test_a_backend_that_is_not_here_is_missing() -> None:
         contender.make([torch.nn.Parameter(torch.ones(3))])
 
 
-def test_ratio_of_medians_and_quartiles_of_rounds() -> None:
-    ours = timing.Samples({0: 1.0, 1: 2.0, 2: 3.0, 3: 100.0})
+def test_ratio_of_medians_is_over_the_rounds_of_both() -> None:
+    """A slow peer misses the later rounds, in which the machine is twice as fast."""
+    ours = timing.Samples({0: 1.0, 1: 2.0, 2: 3.0, 3: 0.5, 4: 0.5, 5: 0.5})
     theirs = timing.Samples({0: 2.0, 1: 4.0, 2: 6.0})
-    ratio, q1, q3 = timing.ratio(ours, theirs)
-    assert (ratio, q1, q3) == (2.5 / 4.0, 0.5, 0.5)
-    assert ours.summary()["min"] == 1.0 and ours.summary()["n"] == 4
+    assert timing.ratio(ours, theirs) == (0.5, 0.5, 0.5)
+    assert timing.ratio(theirs, ours) == (2.0, 2.0, 2.0)
+    assert timing.ratio(timing.Samples({1: 2.0, 2: 3.0}), theirs) == (0.5, 0.5, 0.5)
+    assert ours.summary()["min"] == 0.5 and ours.summary()["n"] == 6
+
+
+def test_every_peer_has_its_ratio_over_common_rounds() -> None:
+    ours, theirs = Contender("fused_optim"), Contender("torch-fused")
+    case = cases.Case("both", "3x64", (ours, theirs), (cases.Target("ratio", 9.0, ours.label, theirs.label),))
+    outcome = measure(case, [(64,)] * 3, CPU, 3, 5.0, 2**16)
+    for row, times in zip(outcome.rows, ({0: 1.0, 1: 2.0, 2: 0.1}, {0: 4.0, 1: 4.0}), strict=True):
+        assert row.run is not None
+        row.run.time = timing.Samples(times)
+    record = tables.case_record(outcome)
+    mine, other = record["rows"]
+    assert "ratios" not in mine
+    wanted = {"measured": 0.375, "quartiles": [0.3125, 0.4375], "rounds": 2}
+    assert other["ratios"] == {ours.label: wanted}
+    (target,) = record["targets"]
+    assert (target["measured"], target["quartiles"]) == (wanted["measured"], wanted["quartiles"])
 
 
 class _Ticking(timing.Timed):
@@ -185,6 +203,63 @@ def test_command_writes_json_and_prints_targets(tmp_path: Path, capsys: pytest.C
     assert "0.78" in printed and tables.NOTE in printed and tables.QUICK in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (step, "--suite catalogue --shapes 8x4Gi --list", "unknown shapes '8x4Gi'; use COUNTxSIZE such as"),
+        (step, "--suite catalogue --shapes 8x0", "--shapes 8x0: no elements to step over; use COUNTxSIZE"),
+        (step, "--device cuda:99", "'cuda:99' is not here, torch sees"),
+        (step, "--device tpu", "unknown device 'tpu': allowed are cpu and"),
+        (
+            step,
+            "--cases zzz",
+            "'zzz' is in no name of the 8 cases of the suite issue: AdamW fp32; AdamW bf16",
+        ),
+        (
+            step,
+            "--shapes 8x4Mi",
+            "the suite issue has its own; leave it out, or give --suite with one of",
+        ),
+        (step, "--suite codecs --rules lion", "--rules lion: the suite codecs has its own"),
+        (step, "--suite scaling --shapes 1x8", "--shapes 1x8: the suite scaling has its own"),
+        (step, "--suite variants --peers all", "--peers all: the suite variants has its own"),
+        (step, "--suite catalogue --rules adamw", "--rules 'adamw': there is no 'adamw'; known: adam,"),
+        (step, "--peers apex", "--peers 'apex': there is no 'apex'; known: torch-fused,"),
+        (step, "--rounds 0", "'0': a number of rounds, 1 or more"),
+        (step, "--base HEAD --samples", "--samples with --base, which times our own steps alone: leave one"),
+        (machine, "foo", "unknown device 'foo': allowed are cpu and"),
+        (machine, "meta", "nothing runs on 'meta': allowed are cpu and"),
+        (static, "--sm 75 --quick", "--sm with --quick, which compiles a list of its own: leave one of them"),
+        (static, "--rule sgd --quick", "--rule with --quick"),
+        (static, "--sm 7", "--sm 7: Triton compiles for 75, 80"),
+    ],
+)
+def test_a_wrong_or_ignored_argument_is_one_line(
+    command: Any, arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments.split()
+    if command is step and "--device" not in given:
+        given += ["--device", "cpu"]
+    with pytest.raises(SystemExit) as stopped:
+        command.main(given)
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and said in error and usage[0].startswith("usage: python -m bench ")
+
+
+def test_names_say_what_is_stored() -> None:
+    """torch has no codecs of ours, and SGD without momentum has no states."""
+    arguments = ["--suite", "catalogue", "--shapes", "2x64", "--rules", "sgd,adam", "--device", "cpu"]
+    found = step.select(step._parser().parse_args([*arguments, "--peers", "torch-foreach"]))
+    names = [case.name for case in found]
+    assert names[:3] == ["2x64 sgd fp32", "2x64 sgd bf16", "2x64 sgd bf16_split8"]
+    assert "2x64 adam bf16_split8/int8" in names
+    for case in found:
+        ours, *others = case.contenders
+        assert all("split" not in contender.label for contender in others)
+        labels = {contender.label for contender in case.contenders}
+        assert {t.against for t in case.targets if t.against} <= labels and ours.label in labels
+
+
 def test_a_deadline_names_what_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert step.main(["--issue-table", "--quick", "--deadline", "-1", "--device", "cpu"]) == 0
     assert "left out for lack of time: AdamW fp32" in capsys.readouterr().out
@@ -203,6 +278,26 @@ def test_the_machine_is_described() -> None:
     described = machine.describe(CPU)
     assert described["cores"] >= 1 and described["last_level_cache_bytes"] > 0
     assert machine.source_digest() == machine.source_digest()
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    monkeypatch.delenv(machine.COMMIT, raising=False)
+    assert machine.describe(CPU)["commit"] is None
+    monkeypatch.setenv(machine.COMMIT, "abc123")
+    assert machine.describe(CPU)["commit"] == "abc123"
+
+
+def test_benchmark_entry_points_run() -> None:
+    """Those of the smallest tensors, once each and without a clock; a wrong step would fail."""
+    options = ["--quiet", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "host_overhead"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/test_step.py", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "6 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_bench_without_a_command_lists_them() -> None:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -35,11 +36,13 @@ _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
 
 @dataclass(frozen=True)
 class Bar:
-    """A value of a series, and the quartiles where they are known."""
+    """A value of a series, the quartiles where they are known, what took how long, a mark for a footnote."""
 
     series: str
     value: float
     quartiles: tuple[float, float] | None = None
+    time: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,17 +159,47 @@ def _digits(value: float, count: int) -> str:
     return f"{value:#.{count}g}".removesuffix(".")
 
 
+def milliseconds(*times: float) -> str:
+    """Three digits of each, without powers of ten.
+
+    >>> milliseconds(0.19604, 7169.6)
+    '0.196 / 7170'
+    """
+    return " / ".join(f"{time:.0f}" if time >= 100 else _digits(time, 3) for time in times)
+
+
+def _folded(line: str) -> str:
+    """Short enough for the margin; storages are cut between codecs."""
+    return textwrap.fill(line.replace("/", "/ "), 46).replace("/ ", "/")
+
+
+def _add_times(axes: Axes, groups: Sequence[Group], head: str) -> None:
+    """Every bar's time, in a column behind the axes."""
+    column: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "annotation_clip": False}
+    for group, ys in zip(groups, _places(groups), strict=True):
+        for bar, y in zip(group.bars, ys, strict=True):
+            place = (1, y)
+            axes.annotate(bar.time, place, (6, 0), ("axes fraction", "data"), va="center", **column)
+    if any(bar.time for group in groups for bar in group.bars):
+        axes.annotate(head, (1, 1), (6, 2), "axes fraction", va="bottom", color="#444444", **column)
+
+
 def _finish(
     figure: Figure, axes: Axes, groups: Sequence[Group], handles: Sequence[Artist], path: Path
 ) -> None:
     """Names of groups, legend, file."""
     places = _places(groups)
-    names = ["\n".join(textwrap.fill(line, 46) for line in group.name.split("\n")) for group in groups]
+    names = ["\n".join(map(_folded, group.name.split("\n"))) for group in groups]
     axes.set_yticks([sum(ys) / len(ys) for ys in places], names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(places[-1][-1] + 0.7, -0.7)
     figure.legend(handles=list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _lines_of(label: str) -> str:
+    """An axis' label, no longer than the axis."""
+    return "\n".join(textwrap.fill(line, 76) for line in label.split("\n"))
 
 
 def _patches(styles: Mapping[str, Mapping[str, str]]) -> list[Artist]:
@@ -191,12 +224,14 @@ def ratios(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
                 axes.plot([low, high], [y, y], color="black", linewidth=1.4, solid_capstyle="butt")
             left = bar.value <= 1
             end = min(low, bar.value) if left else max(high, bar.value)
-            _label(axes, _digits(bar.value, 3 if bar.value >= 1 else 2), (end, y), before=left)
+            text = _digits(bar.value, 3 if bar.value >= 1 else 2) + bar.mark
+            _label(axes, text, (end, y), before=left)
             ends.append(end)
     axes.axvline(1, color="black", linewidth=1.2)
     span = max(max(ends) / min(ends), 2.0)
     _logarithmic(axes, min(ends) / span**0.12, max(ends) * span**0.12)
-    axes.set_xlabel(label)
+    _add_times(axes, groups, "ms: ours / other")
+    axes.set_xlabel(_lines_of(label))
     _finish(figure, axes, groups, _patches(styles), path)
 
 
@@ -215,7 +250,8 @@ def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path
             _label(axes, text, (bar.value, y), before=bar.value > 0.12 * largest)
     axes.axvline(100, color="black", linewidth=1.2, linestyle="--")
     axes.set_xlim(0, 1.06 * largest)
-    axes.set_xlabel(label)
+    _add_times(axes, groups, "ms")
+    axes.set_xlabel(_lines_of(label))
     marked = [Patch(facecolor="black", label=ceiling)] if any(g.ceiling for g in groups) else []
     _finish(figure, axes, groups, [*_patches(styles), *marked], path)
 
@@ -240,7 +276,7 @@ def errors(groups: Sequence[Group], title: str, label: str, path: Path) -> None:
             )
             _label(axes, f"{bar.value:.1e}", (bar.value, y), away=8)
     _logarithmic(axes, min(values) / 3, max(values) * 10)
-    axes.set_xlabel(label)
+    axes.set_xlabel(_lines_of(label))
     _finish(figure, axes, groups, list(points.values()), path)
 
 

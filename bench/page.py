@@ -52,8 +52,7 @@ def _section(number: int, name: str, section: Section) -> str:
         for key, value in section.facts.items()
     )
     parts = [
-        f'<h2 id="s{number}">{escape(section.title)}</h2>',
-        f"<p><code>{escape(name)}</code></p>",
+        f'<h2 id="s{number}">{escape(section.title)}: {_code(name)}</h2>',
         f"<dl>{facts}</dl>",
         *(f"<p>{escape(note)}</p>" for note in section.notes),
         *(_picture(path, alt) for path, alt in section.pictures),
@@ -70,12 +69,16 @@ def _code(text: str) -> str:
     return f"<code>{escape(text)}</code>"
 
 
+def _entry(number: int, name: str, section: Section) -> str:
+    """Of the contents: sections of one title are told apart by file and machine."""
+    machine = escape(section.facts.get("Machine", ""))
+    link = f'<a href="#s{number}">{escape(section.title)}: {escape(name)}</a>'
+    return f"<li>{link}{machine and f'<br><small>{machine}</small>'}</li>"
+
+
 def page(sections: Sequence[tuple[str, Section]], left_out: Mapping[str, str], command: str) -> str:
     """The page; every section comes with the name of its file."""
-    contents = "\n".join(
-        f'<li><a href="#s{number}">{escape(section.title)}</a> ({escape(name)})</li>'
-        for number, (name, section) in enumerate(sections)
-    )
+    contents = "\n".join(_entry(number, *section) for number, section in enumerate(sections))
     bodies = "\n".join(_section(number, name, part) for number, (name, part) in enumerate(sections))
     reasons = "\n".join(f"<li>{_code(name)}: {escape(why)}</li>" for name, why in left_out.items())
     rest = f"<h2>Files that are left out</h2>\n<ul>{reasons}</ul>" if left_out else ""
@@ -90,8 +93,9 @@ def page(sections: Sequence[tuple[str, Section]], left_out: Mapping[str, str], c
 <body>
 <h1>fused_optim: measured results</h1>
 <p>Written by {_code(command)}. Every section names the file, the machine, the versions, the commit and the
-command that it comes from. Ratios below 1 mean that fused_optim takes less time; they are of medians, and the
-thin lines on them are the quartiles of the ratios within rounds.</p>
+command that it comes from. Ratios below 1 mean that fused_optim takes less time; they are of medians over
+the rounds that both took, and the thin lines on them are the quartiles of the ratios within rounds: a ratio
+outside of its quartiles means that the machine changed its pace. Medians, in ms, stand beside them.</p>
 <ol>
 {contents}
 </ol>

@@ -11,16 +11,28 @@ from .charts import Bar, Group, Line
 from .comparison import SPEEDS, speeds
 from .cuda_paths import table as launch_table
 from .found import Record, Result, circumstances, on_gpu
+from .record import COMMON_ROUNDS
 from .section import Section
+from .shapes import MODELS
 from .static_cuda import table as cuda_table
 from .static_products import Report
 from .static_products import table as products_table
 from .tables import NOTE, Table, case_table
 
+_PICTURED = ("adam", "lion")
+"""Rules whose launches are drawn."""
+
 _LINES = 8
 """At most so many in one chart of the scaling."""
 
 LEFT_IS_FASTER = "our median time over the other's (logarithmic; left of 1: ours is faster)"
+
+_APART = "*"
+_ROUNDS_APART = (
+    f"{_APART}: medians of different rounds. The slower one sat out some rounds, and this file does not hold "
+    "the time of each, from which later files have ratios of common rounds: where the machine changed its "
+    "pace meanwhile, such a ratio is off."
+)
 
 ERRORS = {"masks": "share of weights on which the mask disagrees with ours; of a forward pass: relative"}
 """What the errors of a command are, where they are not relative ones."""
@@ -55,13 +67,34 @@ def _split(case: Record) -> tuple[list[Record], list[Record]]:
     return ours, [row for row in timed if row["source"] != "fused_optim"]
 
 
-def _quartiles(case: Record, ours: str, against: str) -> tuple[float, float] | None:
-    """Of the ratios within rounds, where a target recorded them."""
-    for target in case["targets"]:
+def _bar(series: str, ours: Record, other: Record, data: Record, known: Record | None) -> Bar:
+    """Our time over another's; ``known`` is the ratio as it was measured, with its quartiles."""
+    medians = ours["ms"]["median"], other["ms"]["median"]
+    value, mark, known = medians[0] / medians[1], "", known or {}
+    if known.get("measured") and data.get("schema", 1) >= COMMON_ROUNDS:
+        value = known["measured"]
+    elif ours["ms"]["n"] != other["ms"]["n"]:
+        mark = _APART
+    low, high = known.get("quartiles", (None, None))
+    quartiles = None if low is None else (low, high)
+    return Bar(series, value, quartiles, charts.milliseconds(*medians), mark)
+
+
+def _targeted(case: Record, ours: str, against: str) -> Record | None:
+    """What was measured for a target."""
+    for target in case.get("targets", ()):
         if target["kind"] == "ratio" and target.get("ours", ours) == ours and target["against"] == against:
-            low, high = target.get("quartiles", (None, None))
-            return None if low is None else (low, high)
+            return target
     return None
+
+
+def _draw_ratios(section: Section, stem: Path, groups: Sequence[Group], alt: str) -> None:
+    """The chart of our times over others', and what its marks mean."""
+    apart = any(bar.mark for group in groups for bar in group.bars)
+    label = LEFT_IS_FASTER + (f"\n{_APART} medians of different rounds: see the note" if apart else "")
+    section.draw(Path(f"{stem}-ratios"), groups, alt, charts.ratios, label)
+    if apart:
+        section.notes.append(_ROUNDS_APART)
 
 
 def _variant(row: Record) -> str:
@@ -74,22 +107,27 @@ def _peer(row: Record) -> str:
     return f"{row['source']} {row['param'].partition('_')[0]}"
 
 
-def _step_ratios(case: Record) -> Group:
+def _step_ratios(case: Record, data: Record) -> Group:
     ours, others = _split(case)
-    bars: list[Bar] = []
+    pairs: list[tuple[str, Record, Record]] = []
     if len(ours) == 1:
-        for other in others:
-            value = ours[0]["ms"]["median"] / other["ms"]["median"]
-            bars.append(Bar(_peer(other), value, _quartiles(case, ours[0]["label"], other["label"])))
+        pairs = [(_peer(other), ours[0], other) for other in others]
     elif others:
-        bars = [Bar(_variant(row), row["ms"]["median"] / others[0]["ms"]["median"]) for row in ours]
+        pairs = [(_variant(row), row, others[0]) for row in ours]
+    bars: list[Bar] = []
+    for series, own, other in pairs:
+        known = other.get("ratios", {}).get(own["label"]) or _targeted(case, own["label"], other["label"])
+        bars.append(_bar(series, own, other, data, known))
     return Group(_case_name(case), bars)
 
 
 def _step_percents(case: Record) -> Group:
     ours, others = _split(case)
     rows = [(_variant(row), row) for row in ours] + [(_peer(row), row) for row in others]
-    bars = [Bar(series, row["percent_of_copy"]) for series, row in rows]
+    bars = [
+        Bar(series, row["percent_of_copy"], time=charts.milliseconds(row["ms"]["median"]))
+        for series, row in rows
+    ]
     ceiling = 100 * case["in_place_gb_per_s"] / case["copy_gb_per_s"]
     return Group(_case_name(case), bars, ceiling)
 
@@ -108,27 +146,35 @@ def _lines(cases: Sequence[Record], x: str, note: Callable[[Record], str]) -> li
     return sorted(found, key=lambda line: -len(line.points))[:_LINES]
 
 
-def _grouped(cases: Sequence[Record], key: Callable[[Record], float]) -> list[list[Record]]:
-    found: dict[float, list[Record]] = {}
+def _grouped(cases: Sequence[Record], key: Callable[[Record], object]) -> list[list[Record]]:
+    found: dict[object, list[Record]] = {}
     for case in cases:
         found.setdefault(key(case), []).append(case)
     return list(found.values())
 
 
+def _family(case: Record) -> object:
+    """What cases share of which only the number of parameters differs: equal tensors, or a Llama's."""
+    return "llama" if case["shapes"] in MODELS else case["elements"] / case["tensors"]
+
+
 def _scaling(cases: Sequence[Record]) -> list[tuple[list[Line], str, str]]:
-    """Time over the number of parameters, and over the number of tensors that hold the same parameters."""
-    fresh = [case for case in cases if case["gradients"] == "fresh"]
-    totals = _grouped(fresh, lambda case: case["elements"])
+    """Time over the number of parameters, and over the number of tensors that hold the same parameters.
+
+    Nothing else differs along a line: gradients are new and caches cold, as in a training.
+    """
+    alike = [c for c in cases if c["gradients"] == "fresh" and c.get("caches", "cold") == "cold"]
+    totals = _grouped(alike, lambda case: case["elements"])
     most = max(totals, key=lambda found: len({case["tensors"] for case in found}), default=[])
-    held = f"tensors that hold {_size(most[0]['elements'])} parameters together" if most else ""
-    sizes = _grouped(fresh, lambda case: case["elements"] / case["tensors"])
-    alike = max(sizes, key=lambda found: len({case["elements"] for case in found}), default=[])
-    grown, label = sorted(fresh, key=lambda case: case["tensors"]), "parameters"
-    if len({case["elements"] for case in alike}) > 1:
-        grown, label = (
-            alike,
-            f"parameters, {_size(alike[0]['elements'] // alike[0]['tensors'])} in each tensor",
+    families = _grouped(alike, _family)
+    grown = max(families, key=lambda found: len({case["elements"] for case in found}), default=[])
+    label = held = ""
+    if grown:
+        size = _size(grown[0]["elements"] // grown[0]["tensors"])
+        label = (
+            "parameters of a Llama" if _family(grown[0]) == "llama" else f"parameters, {size} in each tensor"
         )
+        held = f"tensors that hold {_size(most[0]['elements'])} parameters together"
     panels = [
         (_lines(grown, "elements", _tensors), label, "ms for a step"),
         (_lines(most, "tensors", lambda case: case["shapes"]), held, "ms for a step"),
@@ -147,13 +193,8 @@ def step(result: Result, stem: Path) -> Section:
         "bytes that a one-pass step must move, by the codec model, per second, over what a plain copy moves; "
         "on a CPU a copy also has to fetch its target, which a step does not."
     )
-    section.draw(
-        Path(f"{stem}-ratios"),
-        map(_step_ratios, cases),
-        "Time beside other optimizers",
-        charts.ratios,
-        LEFT_IS_FASTER,
-    )
+    groups = [_step_ratios(case, data) for case in cases]
+    _draw_ratios(section, stem, groups, "Time beside other optimizers")
     copied = "percent of a copy's bandwidth (dashed: the copy)"
     ceiling = "a buffer that is read and written in place"
     section.draw(
@@ -195,18 +236,14 @@ def times(result: Result, stem: Path) -> Section:
     ratios, errors = [], []
     for case in cases:
         first, *others = filter(_timed, case["rows"])
-        measured = [target for target in case.get("targets", ()) if "quartiles" in target]
-        by_target = {target["against"]: tuple(target["quartiles"]) for target in measured}
         bars = [
-            Bar(row["label"], first["ms"]["median"] / row["ms"]["median"], by_target.get(row["label"]))
+            _bar(row["label"], first, row, data, _targeted(case, first["label"], row["label"]))
             for row in others
         ]
         ratios.append(Group(case["name"], bars))
         known = [row for row in case["rows"] if row.get("error")]
         errors.append(Group(case["name"], [Bar(row["label"], row["error"]) for row in known]))
-    section.draw(
-        Path(f"{stem}-ratios"), ratios, "Time beside other implementations", charts.ratios, LEFT_IS_FASTER
-    )
+    _draw_ratios(section, stem, ratios, "Time beside other implementations")
     label = ERRORS.get(data.get("kind", ""), "relative error against float64")
     label += " (logarithmic; none or not measured: no point)"
     section.draw(Path(f"{stem}-errors"), errors, "Errors", charts.errors, label)
@@ -225,28 +262,43 @@ def products(result: Result, stem: Path) -> Section:
     groups, lines = [], []
     for case in done:
         q1, q3 = case["speedup_quartiles"]
-        groups.append(Group(case["case"], [Bar("torch", 1 / case["speedup"], (1 / q3, 1 / q1))]))
+        time = charts.milliseconds(case["ms"]["median"], case["torch_ms"]["median"])
+        groups.append(Group(case["case"], [Bar("torch", 1 / case["speedup"], (1 / q3, 1 / q1), time)]))
         numbers = (case["ms"]["median"], case["torch_ms"]["median"], case["torch_tflops"])
         lines.append([case["case"], *(f"{number:.4g}" for number in numbers), case["tile"]])
-    section.draw(Path(f"{stem}-ratios"), groups, "Time beside torch.matmul", charts.ratios, LEFT_IS_FASTER)
+    _draw_ratios(section, stem, groups, "Time beside torch.matmul")
     section.tables = [Table("Products", ["case", "ms", "torch ms", "torch TFLOP/s", "tile"], lines)]
     section.notes = [f"{case['case']} failed: {case['failed']}" for case in data["cases"] if "failed" in case]
     return section
 
 
+def _draw_budget(
+    section: Section, stem: Path, kernels: Sequence[Record], rule: str, share: str, alt: str
+) -> None:
+    """Percent of the instructions that fit into the time of the traffic; the keys hold rule and share."""
+    groups: dict[str, list[Bar]] = {}
+    for kernel in kernels:
+        group = kernel.get("group")
+        name = f"{kernel[rule]}{'' if group is None else f' of {group}'}\n{kernel['storage']}"
+        groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel[share]))
+    label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
+    pictured = [Group(name, bars) for name, bars in groups.items()]
+    section.draw(Path(f"{stem}-budget"), pictured, alt, charts.percents, label, "")
+
+
+def _capability(kernels: Sequence[Record]) -> int:
+    """The H200's if it is there, else the first."""
+    found = {kernel["sm"]: None for kernel in kernels}
+    return 90 if 90 in found else next(iter(found))
+
+
 def static(result: Result, stem: Path) -> Section:
     """What the compiled kernels of a step issue, for one capability of the file."""
     kernels = [kernel for kernel in result.data["kernels"] if not kernel["strided"]]
-    sm = 90 if any(kernel["sm"] == 90 for kernel in kernels) else kernels[0]["sm"]
+    sm = _capability(kernels)
     section = Section(f"Compiled kernels, sm_{sm}", circumstances(result.data))
-    groups: dict[str, list[Bar]] = {}
-    for kernel in (kernel for kernel in kernels if kernel["sm"] == sm):
-        group = kernel.get("group")
-        name = f"{kernel['kernel']}{'' if group is None else f' of {group}'}\n{kernel['storage']}"
-        groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel["share"]))
-    label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
-    pictured = [Group(name, bars) for name, bars in groups.items()]
-    section.draw(Path(f"{stem}-budget"), pictured, "Issue budget", charts.percents, label, "")
+    chosen = [kernel for kernel in kernels if kernel["sm"] == sm]
+    _draw_budget(section, stem, chosen, "kernel", "share", f"Issue budget of Triton's kernels, sm_{sm}")
     return section
 
 
@@ -258,9 +310,18 @@ def static_products(result: Result, stem: Path) -> Section:
 
 
 def static_cuda(result: Result, stem: Path) -> Section:
-    """What the CUDA C++ kernels take."""
+    """What the CUDA C++ kernels take; the chart has the launches of two rules for one capability."""
     section = Section("Compiled CUDA C++ kernels", circumstances(result.data))
-    section.tables = [cuda_table(result.data["kernels"]), launch_table(result.data.get("launches", []))]
+    launches = result.data.get("launches", [])
+    if launches:
+        sm = _capability(launches)
+        pictured = [row for row in launches if (row["sm"], row["group"]) == (sm, None)]
+        pictured = [row for row in pictured if row["rule"] in _PICTURED]
+        _draw_budget(
+            section, stem, pictured, "rule", "used", f"Issue budget of the CUDA C++ kernels, sm_{sm}"
+        )
+        section.notes.append("Pictured are AdamW and Lion without masks; the tables have everything.")
+    section.tables = [cuda_table(result.data["kernels"]), launch_table(launches)]
     return section
 
 
@@ -279,13 +340,12 @@ def base(result: Result, stem: Path) -> Section:
     section = Section(f"This version beside {compared['ref']}", circumstances(data))
     section.facts = {**section.facts, "Compared with": compared["commit"]}
     timed = [case for case in data["cases"] if case["status"] == "ok"]
-    groups = [
-        Group(_case_name(case), [Bar(compared["ref"], case["ratio"], tuple(case["quartiles"]))])
-        for case in timed
-    ]
-    section.draw(
-        Path(f"{stem}-ratios"), groups, f"Time beside {compared['ref']}", charts.ratios, LEFT_IS_FASTER
-    )
+    groups = []
+    for case in timed:
+        time = charts.milliseconds(case["ms"]["this"]["median"], case["ms"]["base"]["median"])
+        bar = Bar(compared["ref"], case["ratio"], tuple(case["quartiles"]), time)
+        groups.append(Group(_case_name(case), [bar]))
+    _draw_ratios(section, stem, groups, f"Time beside {compared['ref']}")
     return section
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench import charts, found, learning_sections, report, sections, static_cuda, static_products
+from bench.cuda_paths import LaunchReport
 from bench.section import Section
 from fused_optim.training import plan
 from fused_optim.training.plan_report import as_json
@@ -161,15 +163,13 @@ def _files() -> dict[str, Any]:
     product = {"case": "gram 1x64x64 bfloat16", "tile": "64x128", "ms": ms, "torch_ms": ms}
     sizes = {"shapes": "2x8", "tensors": 2, "elements": 16, "gradients": "fresh"}
     compared = {**sizes, "name": "Lion fp32", "status": "ok", "ratio": 0.9, "quartiles": [0.8, 1.0]}
+    compared["ms"] = {"this": ms, "base": ms}
     names = ("fused_optim", "torch")
     kernel = {"kernel": "adam", "storage": "fp32/fp32/fp32/fp32", "sm": 90, "strided": False}
-    environment = {
-        "torch": "2.13.0",
-        "cpu": "A processor",
-        "logical_cpus": 3,
-        "torch_threads": 2,
-        "gpu": None,
-    }
+    launch = asdict(LaunchReport("step", "", None, "fp32/fp32", "exact", 0, 8.0, 4.0, 30.0, 60.0, (16,)))
+    launch |= {"used": 0.5, "bound": "memory"}
+    processor = {"cpu": "A processor", "logical_cpus": 3}
+    environment = {**processor, "torch": "2.13.0", "torch_threads": 2, "gpu": None}
     absent = {"label": "muonium", "status": "missing", "reason": "muonium runs on cuda, not on cpu"}
     timed = [{"label": name, "status": "ok", "ms": ms, "error": 0.01} for name in ("fused_optim", "peer")]
     timed[0] |= {"tflop_per_s": 0.25, "of_matmul": 0.625}
@@ -219,6 +219,7 @@ def _files() -> dict[str, Any]:
             "kind": "static_cuda",
             "machine": machine,
             "kernels": [asdict(static_cuda.Report("step", "adam", "exact", 90, 64, 0, 0, 1234))],
+            "launches": [{**launch, "rule": rule, "sm": sm} for rule in ("adam", "sgd") for sm in (80, 90)],
         },
         "static_products": {
             "kind": "static_products",
@@ -290,7 +291,61 @@ def test_other_kinds_are_shown_or_named(
         assert text in page.text, text
     for name in ("quick", "empty", "no_kernels", "other", "list", "broken"):
         assert f"left out: {name}.json: " in printed and f"{name}.json: " in page.text
-    assert len(page.images) == 8
+    assert len(page.images) == 9
+
+
+@pytest.mark.parametrize(("schema", "value", "mark"), [(2, 0.07, ""), (1, 0.0625, "*")])
+def test_bars_are_of_common_rounds_or_marked(schema: int, value: float, mark: str) -> None:
+    """The slow peer took 3 of 9 rounds, in which the machine was slow."""
+    ours = {"label": "ours", "source": "fused_optim", "ms": {"median": 25.0, "n": 9}}
+    slow = {"label": "slow", "source": "slow", "param": "fp32", "ms": {"median": 400.0, "n": 3}}
+    measured = {"measured": 0.07, "quartiles": [0.06, 0.08], "rounds": 3}
+    case = {"name": "case", "shapes": "1x8", "tensors": 1, "elements": 8, "gradients": "fresh", "targets": []}
+    case["rows"] = [ours, slow]
+    if schema == 1:
+        case["targets"] = [
+            {"kind": "ratio", "ours": "ours", "against": "slow", **measured, "measured": 0.0625}
+        ]
+    else:
+        slow["ratios"] = {"ours": measured}
+    (bar,) = sections._step_ratios(case, {"schema": schema}).bars
+    assert bar == charts.Bar("slow fp32", value, (0.06, 0.08), "25.0 / 400", mark)
+    section = Section("Steps", {})
+    section.draw = lambda *arguments: section.notes.append(arguments[-1])  # type: ignore[method-assign]
+    sections._draw_ratios(section, Path("stem"), [charts.Group("case", [bar])], "")
+    said = [f"{sections.LEFT_IS_FASTER}\n* medians of different rounds: see the note", sections._ROUNDS_APART]
+    assert section.notes == (said if mark else [sections.LEFT_IS_FASTER])
+
+
+def test_contents_tell_files_of_one_kind_apart(written: Path) -> None:
+    contents = written.read_text().partition("<ol>")[2].partition("</ol>")[0]
+    entries = Page(contents.replace("</li>", "\n</li>")).text.strip().split("\n\n")
+    links = re.findall(r">([^<]+)</a>", contents)
+    assert len(entries) == len(links) == len(set(links))
+    assert any("codecs.json" in entry and "AMD EPYC" in entry for entry in entries)
+
+
+def test_long_labels_are_cut_where_they_can_be() -> None:
+    lines = charts._folded("bf16_split8/int8_companded/int8_companded_unsigned/bf16").split("\n")
+    assert lines == ["bf16_split8/int8_companded/", "int8_companded_unsigned/bf16"]
+    label = f"{sections.ERRORS['masks']} (logarithmic; none or not measured: no point)\nand more"
+    assert max(map(len, charts._lines_of(label).split("\n"))) <= 76
+    assert charts._lines_of(label).replace("\n", " ") == label.replace("\n", " ")
+
+
+def test_lines_join_what_differs_in_one_thing() -> None:
+    """Warm caches are left out, and so are two sizes that differ in their tensors as well."""
+    row = {"label": "ours", "source": "fused_optim", "status": "ok", "ms": {"median": 1.0}}
+    case = {"gradients": "fresh", "caches": "cold", "rows": [row]}
+    sizes = (("8x4Mi", 8, 2**25, "cold"), ("300x16", 300, 4800, "warm"), ("300x16Ki", 300, 4915200, "cold"))
+    grids = [{**case, "shapes": s, "tensors": t, "elements": e, "caches": c} for s, t, e, c in sizes]
+    assert sections._scaling(grids) == []
+    models = [
+        {**case, "shapes": f"llama-{name}", "tensors": tensors, "elements": elements}
+        for name, tensors, elements in (("125m", 110, 10**8), ("1.1b", 201, 10**9))
+    ]
+    ((lines, label, _),) = sections._scaling([*grids, *models])
+    assert label == "parameters of a Llama" and [x for x, _ in lines[0].points] == [10**8, 10**9]
 
 
 def test_only_one_size_changes_in_the_scaling() -> None:

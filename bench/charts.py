@@ -26,6 +26,8 @@ _COLORS = {
     "bitsandbytes-8bit": _PALETTE[1],
     "torchao-8bit": _PALETTE[3],
     "torch.optim.Muon": _PALETTE[0],
+    "exact": _PALETTE[0],
+    "fast": _PALETTE[1],
 }
 _HATCHES = ("", "//", "xx", "..")
 MARKS = "os^DvPX*"
@@ -246,7 +248,8 @@ def percents(groups: Sequence[Group], title: str, label: str, ceiling: str, path
             axes.vlines(group.ceiling, ys[0] - 0.5, ys[-1] + 0.5, color="black", linewidth=2.2, zorder=3)
         for bar, y in zip(group.bars, ys, strict=True):
             axes.barh(y, bar.value, 0.8, edgecolor="black", linewidth=0.5, **styles[bar.series])
-            text = f"{bar.value:.0f}" if bar.value >= 9.5 else f"{bar.value:.2g}"
+            # Files hold tenths of a percent.
+            text = f"{bar.value:.0f}" if bar.value >= 9.5 else f"{bar.value:.2g}" if bar.value else "<0.1"
             _label(axes, text, (bar.value, y), before=bar.value > 0.12 * largest)
     axes.axvline(100, color="black", linewidth=1.2, linestyle="--")
     axes.set_xlim(0, 1.06 * largest)

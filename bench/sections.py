@@ -282,7 +282,7 @@ def _draw_budget(
         name = f"{kernel[rule]}{'' if group is None else f' of {group}'}\n{kernel['storage']}"
         groups.setdefault(name, []).append(Bar(kernel["arithmetic"], 100 * kernel[share]))
     label = "percent of the instructions that fit into the time of the memory's traffic (dashed: all of them)"
-    pictured = [Group(name, bars) for name, bars in groups.items()]
+    pictured = [Group(name, sorted(bars, key=lambda bar: bar.series)) for name, bars in groups.items()]
     section.draw(Path(f"{stem}-budget"), pictured, alt, charts.percents, label, "")
 
 

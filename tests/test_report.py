@@ -374,6 +374,7 @@ def test_colours_differ_within_a_chart() -> None:
     styles = charts._styles(names)
     assert list(styles) == names
     assert len({(style["color"], style["hatch"]) for style in styles.values()}) == len(names)
+    assert charts._styles(["fast"])["fast"] == charts._styles(["exact", "fast"])["fast"]
 
 
 def test_what_is_missing_is_said(

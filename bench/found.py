@@ -94,8 +94,12 @@ def machine_name(data: Record) -> str:
     if gpu:
         return gpu["name"] if isinstance(gpu, dict) else gpu
     if "processor" not in machine:
-        return f"{machine['cpu']}, {machine['logical_cpus']} cores"
-    return f"{machine['processor']} ({machine['instructions']}), {machine['cores']} cores"
+        return f"{machine['cpu']}, {_cores(machine['logical_cpus'])}"
+    return f"{machine['processor']} ({machine['instructions']}), {_cores(machine['cores'])}"
+
+
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def _commit(commit: str | None) -> str:

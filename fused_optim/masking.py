@@ -130,10 +130,12 @@ def show(optimizer: FusedOptimizer, group: int, param: Tensor, key: Key) -> None
 def in_frame(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every bucket still has the group sizes that its recipe wants in the coming step."""
     for bucket in buckets:
-        key, recipe = bucket.members[0].key, groups[bucket.members[0].group]["sparsity"]
-        if key.rule.inner is None or not bucket.launched or not recipe.changes_groups:
+        key = bucket.members[0].key
+        if key.rule.inner is None or not bucket.launched:
             continue
         size = key.rule.group if key.finder is None else key.finder.size
-        if any(groups[g]["sparsity"].group(step + 1) != size for g, step in bucket.cohorts):
+        # Several recipes may share a launch, some of which never change.
+        recipes = [(groups[g]["sparsity"], step) for g, step in bucket.cohorts]
+        if any(recipe.changes_groups and recipe.group(step + 1) != size for recipe, step in recipes):
             return False
     return True

@@ -8,8 +8,10 @@ waits for a GPU. Not differentiable: results never require gradients, also where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -30,11 +32,27 @@ from .kernels.spectral.products import one_by_one
 
 __all__ = ["hard_clip", "inverse_sqrt", "orthogonalize", "soft_clip", "spectral_norm"]
 
+Given = ParamSpec("Given")
+
 _FORMS = ("auto", "standard", "gram")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-@torch.no_grad()
+def _as_it_says(function: Callable[Given, Tensor]) -> Callable[Given, Tensor]:
+    """Without gradients, and in the dtypes that a function chooses: autocast would take its own."""
+
+    @wraps(function)
+    def wrapper(*args: Given.args, **kwargs: Given.kwargs) -> Tensor:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device_type in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_as_it_says
 def orthogonalize(
     X: Tensor,
     coefficients: str | Sequence[Sequence[float]] = "polar_express",
@@ -115,7 +133,7 @@ def orthogonalize(
     return restore(results, X, tall)
 
 
-@torch.no_grad()
+@_as_it_says
 def soft_clip(
     X: Tensor, c: float | Tensor, *, tolerance: float | None = None, max_ratio: float = 1e4
 ) -> Tensor:
@@ -173,7 +191,7 @@ def soft_clip(
     return clip.soft_clip(X, c, tolerance, max_ratio)
 
 
-@torch.no_grad()
+@_as_it_says
 def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     """Bounds every singular value: ``σ`` becomes ``min(σ, c)``; smaller ones are kept as they are.
 
@@ -209,7 +227,7 @@ def hard_clip(X: Tensor, c: float | Tensor) -> Tensor:
     return clip.hard_clip(X, c) if X.numel() else X.clone()
 
 
-@torch.no_grad()
+@_as_it_says
 def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
     """The inverse square root of symmetric positive semidefinite matrices, ``(A + ridge ‖A‖ I)^(-1/2)``.
 
@@ -246,7 +264,7 @@ def inverse_sqrt(A: Tensor, *, ridge: float | None = None) -> Tensor:
     return clip.inverse_sqrt(A, ridge) if A.numel() else A.clone()
 
 
-@torch.no_grad()
+@_as_it_says
 def spectral_norm(X: Tensor, *, steps: int = 16, upper: bool = False) -> Tensor:
     """The largest singular value of every matrix, estimated from below or bounded from above.
 

@@ -192,6 +192,8 @@ class FusedOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # They have marked the copies by now; held any longer, they would keep replaced parameters alive.
+        self.__dict__.pop("_marks", None)
         self._plan = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -250,7 +252,10 @@ class FusedOptimizer(Optimizer, ABC):
         engine = [tuple(map(group.get, ENGINE_OPTIONS)) for group in self.param_groups]
         rules = [self._rule(group).name for group in self.param_groups]
         own = [tuple(map(group.get, self._planned_options)) for group in self.param_groups]
-        return [(self._needs_norm(),), *zip(rules, own, engine, strict=True)]
+        # A copy: somebody may change one of several codecs in place.
+        codecs = [group["state_codec"] for group in self.param_groups]
+        codecs = [codec if isinstance(codec, str) else dict(codec) for codec in codecs]
+        return [(self._needs_norm(),), *zip(rules, own, engine, codecs, strict=True)]
 
     def _collect(self) -> list[Bucket]:
         """The buckets of this step with its gradients, planned anew where something moved."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .cuts import ApplyTo, applies, check_apply_to, is_hidden_matrix
+from .cuts import ApplyTo, applies, check_apply_to, check_names_of, is_hidden_matrix
 from .kernels.finders import Blocks, Finder, Groups
 from .kernels.layout import walked
 from .kernels.masking import GROUPS
@@ -138,8 +138,10 @@ class Sparsity(ABC):
         """How a parameter's masks are found after ``t`` steps; None if it is left dense.
 
         Raises:
-            ValueError: the recipe is meant for it and strict, and it cannot be masked.
+            ValueError: the recipe is meant for it and strict, and it cannot be masked; it has name patterns
+                and the parameter no name.
         """
+        check_names_of(self.apply_to, name, own_name)
         if not self.means(own_name, param):
             return None
         reason = self.unfit(param)

@@ -24,8 +24,9 @@ class SGD(FusedOptimizer):
         b = momentum * b + (1 - dampening) * g       (b = g in the first step)
         p = p - lr * b                               (nesterov: p - lr * (g + momentum * b))
 
-    The state ``momentum_buffer`` (b), kept only if ``momentum`` is not 0, has the parameter's shape and
-    is stored as ``state_codec`` says. Bytes per parameter: 4 for the state in fp32, 2 in bf16. A step
+    The state ``momentum_buffer`` (b), kept only while ``momentum`` is not 0, has the parameter's shape and
+    is stored as ``state_codec`` says; a momentum that is set later starts it from zero (torch keeps an old
+    one, and starts a new one with ``g``). Bytes per parameter: 4 for the state in fp32, 2 in bf16. A step
     moves 20 bytes per fp32 parameter with momentum and 12 without.
 
     Args:

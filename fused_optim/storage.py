@@ -26,10 +26,18 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def _is_awaited(tensor: Tensor) -> bool:
+    """Whether it is what a collective of torch.distributed has promised."""
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    return module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
+
+
 def local_view(tensor: Tensor) -> Tensor:
     """The real, local memory behind a tensor: a DTensor's shard, a complex number's two parts."""
     if is_dtensor(tensor):
         tensor = tensor.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+    if _is_awaited(tensor):
+        tensor = tensor.wait()  # pyright: ignore[reportAttributeAccessIssue]
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.resolve_neg()
@@ -52,6 +60,13 @@ def plain_codec(tensor: Tensor) -> Codec:
 def value_codec(tensor: Tensor) -> Codec:
     """The codec of its values in full precision: of states by default, and of what is decoded."""
     return CODECS[OF_DTYPE[plain_codec(tensor).compute]]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether its elements lie where its address says: not those of wrappers and of zeros without memory."""
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        return False
+    return not tensor.numel() or tensor.is_meta or bool(tensor.data_ptr())
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -79,7 +94,7 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; only dense (strided) parameters can be updated")
-    if is_traceable_wrapper_subclass(param) and not is_dtensor(param):
+    if not is_dtensor(param) and not _has_memory(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, whose memory this library does not know; "
             "pass plain tensors, nn.Parameter or DTensor"
@@ -126,6 +141,11 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> Codec:
         raise ValueError(
             f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device} for a parameter of "
             f"{tuple(param.shape)} {param.dtype} on {param.device}; convert it before step()"
+        )
+    if not is_dtensor(grad) and not _is_awaited(grad) and not _has_memory(grad):
+        raise ValueError(
+            f"the gradient of {name} is a {type(grad).__name__} without memory of its own; convert it to a "
+            "plain tensor before step()"
         )
     if is_dtensor(param) != is_dtensor(grad) or (
         is_dtensor(param) and param.placements != grad.placements  # pyright: ignore[reportAttributeAccessIssue]

@@ -211,7 +211,7 @@ class Bucket(Launch):
             for launch, scalars in zip(self.launches(), values, strict=True):
                 launch.host_rows[row] = row_tools.host_row(scalars)
                 if launch.random:
-                    launch.host_rows.view(np.uint32)[row, [SEED, STEP]] = hyper["seed"], int(step) + 1
+                    launch.host_rows.view(np.uint32)[row, [SEED, STEP]] = hyper["seed"], int(step + 1) % 2**32
 
     def commit(self) -> None:
         """Advances the step counts and sends scalars and gradients' addresses to the device."""

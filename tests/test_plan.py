@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 import fused_optim
 from fused_optim.kernels.bucket import Bucket, Member
@@ -110,3 +111,23 @@ def test_control_is_the_same_on_host_and_device(
         norm = abs(square_sum) ** 0.5 / (scale or 1.0)
         expected = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale or 1.0)
         assert host.g_scales == pytest.approx([expected, 1.0 / (scale or 1.0)], rel=1e-12)
+
+
+def test_one_of_several_codecs_changes_in_place() -> None:
+    param = Parameter(torch.ones(8))
+    optimizer = fused_optim.AdamW([param], state_codec={"exp_avg": "fp32"})
+    param.grad = torch.ones(8)
+    optimizer.step()
+    optimizer.param_groups[0]["state_codec"]["exp_avg"] = "bf16"
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.step()
+
+
+def test_random_bits_after_very_many_steps() -> None:
+    param = Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = fused_optim.AdamW([param], param_codec="bf16_sr")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.state[param]["step"] = torch.tensor(2.0**32)
+    optimizer.step()
+    assert param.isfinite().all()

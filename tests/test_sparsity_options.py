@@ -284,6 +284,34 @@ def test_options_may_change_between_steps() -> None:
     assert (w != 0).all()
 
 
+def test_recipes_that_share_a_launch() -> None:
+    """One whose groups change size does so also where the first parameter's recipe never changes."""
+    changing = StructureDecay(total_steps=8, kind="geometric")
+    alone, first, second = weight(64, 64, 1), weight(64, 64, 2), weight(64, 64, 1)
+    optimizers = (
+        AdamW([alone], lr=0.01, sparsity=changing),
+        AdamW(
+            [{"params": [first], "sparsity": SRSTE(n=4, m=8)}, {"params": [second], "sparsity": changing}],
+            lr=0.01,
+        ),
+    )
+    for t in range(10):
+        for param in (alone, first, second):
+            param.grad = normal((64, 64), torch.float32, seed=t)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(second, alone)
+    assert half_zero(second)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_patterns_need_names(strict: bool) -> None:
+    recipe = SRSTE(apply_to=["layers.*"], strict=strict)
+    with pytest.raises(ValueError, match=r"apply_to has the name patterns.*without a name"):
+        AdamW([weight()], sparsity=recipe)
+    AdamW([("layers.0.weight", weight())], sparsity=recipe)
+
+
 def test_a_nan_weight_is_kept() -> None:
     w = weight()
     w.data[0, 1] = float("nan")

@@ -1,4 +1,4 @@
-"""Steps do not depend on torch's default dtype and device."""
+"""Steps and functions do not depend on torch's default dtype and device, nor on autocast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from torch.nn import Parameter
 import fused_optim
 from fused_optim.kernels.spectral import blas
 from fused_optim.sparsity import CAST, SRSTE
-from fused_optim.spectral import Hypersphere, SpectralClip, soft_clip
+from fused_optim.spectral import (
+    Hypersphere,
+    SpectralClip,
+    hard_clip,
+    inverse_sqrt,
+    orthogonalize,
+    soft_clip,
+    spectral_norm,
+)
 from tests.cases import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,3 +112,33 @@ def test_functions_on_a_default_device(rows: int, library: str, monkeypatch: pyt
         found = soft_clip(X, c)
         torch.set_default_device(None)
         assert torch.equal(found, expected)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "orthogonalize": lambda X: orthogonalize(X, steps=8, dtype=torch.float32),
+    "soft_clip": lambda X: soft_clip(X, 1.0),
+    "hard_clip": lambda X: hard_clip(X, 1.0),
+    "inverse_sqrt": lambda X: inverse_sqrt(X, ridge=1e-3),
+    "spectral_norm": spectral_norm,
+}
+
+
+@pytest.mark.parametrize("rows", [40, 230])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_in_autocast(name: str, rows: int) -> None:
+    X = normal((rows, rows + 20), torch.float32, seed=1)
+    X = X @ X.mT if name == "inverse_sqrt" else X
+    expected = FUNCTIONS[name](X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (X @ X.mT).dtype is torch.bfloat16
+        found = FUNCTIONS[name](X)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_in_autocast(name: str) -> None:
+    expected = _trained(name, torch.float32, "native")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _trained(name, torch.float32, "native")
+    for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        assert torch.equal(ours, theirs)

@@ -193,7 +193,7 @@ def quick_jobs() -> list[Job]:
     jobs += step_jobs(("sgd_momentum",), CODED[4:5], (False,), (100,))
     # The first half of a step that is cut by whole matrices; the second one is sgd's.
     halves = [("blank", "fp32", "fp32"), ("blank", "int8", "bf16")]
-    jobs += step_jobs(("adam", "lion"), halves, (True,), (90,))
+    jobs += step_jobs(("adam", "lion", "sgd_momentum"), halves, (True,), (90,))
     # Twins of kernels above, the dearest mask, CAST, dense weights.
     jobs += masked_jobs([("adam", 4, IN_PLACE)], (True, False), (90,))
     jobs += masked_jobs([("adam", 4, MIXED)], (True,), (80, 100))

@@ -59,6 +59,21 @@ def test_codecs() -> None:
             says(text, rows[name][0]["ms"]["median"] / rows[name][1]["ms"]["median"])
 
 
+def test_quartiles_of_slow_peers() -> None:
+    number = r"([\d.]+) to ([\d.]+)"
+    found = re.search(rf"quartiles are {number} and {number} for AdamW, {number} for Lion", FLAT)
+    assert found is not None
+    values = [
+        edge
+        for case in cases_of("codecs.json")
+        for target in case["targets"]
+        if target["against"].startswith(("bitsandbytes", "torchao"))
+        for edge in target["quartiles"]
+    ]
+    for said, value in zip(found.groups(), values, strict=True):
+        says(said, value)
+
+
 def test_whole_matrices() -> None:
     muon = re.search(r"takes ([\d.]+) of torch.optim.Muon's time \(quartiles ([\d.]+) to ([\d.]+);", TEXT)
     target = cases_of("newton_schulz.json")[0]["targets"][0]

@@ -191,9 +191,8 @@ class FusedOptimizer(Optimizer, ABC):
         return {**super().__getstate__(), "_skipped": self._skipped, "_marks": marks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # They have marked the copies by now; held any longer, they would keep replaced parameters alive.
-        self.__dict__.pop("_marks", None)
+        # Copies have their marks by now; held any longer, these would keep replaced parameters alive.
+        super().__setstate__({name: value for name, value in state.items() if name != "_marks"})
         self._plan = None
         for group in self.param_groups:
             for name, default in self.defaults.items():

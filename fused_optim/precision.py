@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
-from weakref import ref
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 KeepFp32: TypeAlias = "int | str | Sequence[int | str] | Callable[[str, Tensor], bool]"
 """A size, a name pattern, several of these, or a predicate of name and parameter."""
@@ -22,35 +21,47 @@ _MARK = "_fused_optim_keep_fp32"
 class Marked:
     """Parameters with a mark, which their copies get as well: ``copy.deepcopy`` of a parameter loses it.
 
-    An object that owns parameters keeps one of these, and is copied with it. It keeps none of them alive:
-    ``fully_shard`` replaces parameters, and their memory must go.
+    Whoever owns parameters keeps one of these, and is copied with it. It holds a module's own dict of them:
+    what is replaced there leaves memory, and ``torch.utils.swap_tensors`` meets no weak reference.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self._params: list[ref[Tensor]] = []
-        for param in params:
-            setattr(param, _MARK, True)
-            self._params.append(ref(param))
+    def __init__(
+        self, params: Mapping[Any, Tensor | None], names: Iterable[Any], now: Iterable[Any] | None = None
+    ) -> None:
+        self._params, self._names = params, list(names)
+        self._mark(self._names if now is None else now)
 
-    def _alive(self) -> list[Tensor]:
-        return [param for param in (get() for get in self._params) if param is not None]
+    def renew(self) -> None:
+        """Marks what stands under these names by now."""
+        self._mark(self._names)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Marked:
-        return Marked([deepcopy(param, memo) for param in self._alive()])
+    def _mark(self, names: Iterable[Any]) -> None:
+        for param in map(self._find, names):
+            if param is not None:
+                setattr(param, _MARK, True)
+
+    def _find(self, name: Any) -> Tensor | None:
+        # That of a scripted module is no dict and has no get.
+        return dict(self._params.items()).get(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Marked, (self._alive(),)
+        # For pickle and deepcopy. What took a marked one's place has no mark; neither has its copy.
+        now = [name for name in self._names if getattr(self._find(name), _MARK, False)]
+        return Marked, (self._params, self._names, now)
 
 
 def marks_of(params: Iterable[Tensor]) -> Marked:
-    """The marks of those that have one, for a copy of what holds them."""
-    return Marked(param for param in params if getattr(param, _MARK, False))
+    """The marks of those that have one, for a copy of what holds them; it holds them too, and must go."""
+    marked = dict(enumerate(param for param in params if getattr(param, _MARK, False)))
+    return Marked(marked, marked)
 
 
 def keep_fp32(module: nn.Module) -> nn.Module:
     """Marks all parameters of a module: their states stay in fp32 whatever codec of 8 or 4 bits is chosen.
 
-    Copies of the module have the marks too. ``fully_shard`` makes new parameters: mark the module after it.
+    Mark a module last, right before the optimizer is made: ``fully_shard``, ``to_empty`` of a meta or sharded
+    module and an assignment make new parameters, which have no mark. Copies of the module have the marks,
+    and so have the parameters that its ``load_state_dict`` puts in, also with ``assign=True``.
 
     Args:
         module: for instance an embedding, whose rarely used rows share blocks with frequent ones.
@@ -64,10 +75,18 @@ def keep_fp32(module: nn.Module) -> nn.Module:
     """
     # Each part has its own, because it may be copied alone.
     for part in module.modules():
-        own = list(part.parameters(recurse=False))
-        if own:
-            setattr(part, _MARK, Marked(own))
+        names = [name for name, _ in part.named_parameters(recurse=False)]
+        # Scripted modules have no hooks.
+        if names and _MARK not in vars(part) and not isinstance(part, ScriptModule):
+            part.register_load_state_dict_post_hook(_after_loading)
+        if names:
+            setattr(part, _MARK, Marked(part._parameters, names))
     return module
+
+
+def _after_loading(module: nn.Module, _incompatible: Any) -> None:
+    """Torch's hook; a function with a name, because modules are pickled with it."""
+    getattr(module, _MARK).renew()
 
 
 def check_keep_fp32(value: Any) -> None:

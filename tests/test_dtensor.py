@@ -301,6 +301,23 @@ def _check_the_recipe() -> None:
         assert (expected - before).abs().max() > 2e-4
 
 
+def _check_marks() -> None:
+    """A sharded model gets its memory by swaps, which weak references to marked parameters forbade."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Embedding(40, 64), fused_optim.StableEmbedding(40, 64))
+    fully_shard(model)
+    fused_optim.keep_fp32(model[0])
+    model.to_empty(device="cpu")
+    fused_optim.keep_fp32(model[0])
+    optimizer = fused_optim.AdamW(model.parameters(), state_codec="int8", keep_fp32=0)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
 def _worker(rank: int, port: int) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -327,6 +344,7 @@ def _worker(rank: int, port: int) -> None:
     _check_matrices(mesh)
     _check_that_moved_shards_are_found(mesh)
     _check_the_recipe()
+    _check_marks()
     _check_random_bits(mesh)
     shards_through_helpers(HELPED)
     param = torch.nn.Parameter(distribute_tensor(weight.clone(), mesh, [Shard(0)]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from .machine import present
 from .record import Record, add_out, begin, save
 from .tables import Table, rounded, show, show_circumstances, target_table
 from .timing import Call, Samples, interleave, ratio
@@ -50,7 +53,15 @@ class Case:
     matmuls: Sequence[Contender] = ()
 
 
-Suites = Mapping[str, Callable[[argparse.Namespace, torch.device], list[Case]]]
+@dataclass
+class Later:
+    """A case that is made when its turn comes: what it is checked against may take longer than its timing."""
+
+    name: str
+    make: Callable[[], Case]
+
+
+Suites = Mapping[str, Callable[[argparse.Namespace, torch.device], Iterable[Case | Later]]]
 
 
 def measure(case: Case, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
@@ -155,25 +166,66 @@ def parser_of(command: str, description: str | None, suites: Suites) -> argparse
     parser.add_argument("--suites", default=",".join(suites), help="comma-separated: " + ", ".join(suites))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=30.0, help="seconds of timing per case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=present, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--deadline", type=float, help="seconds after which no further case starts")
     add_out(parser)
     parser.add_argument("--quick", action="store_true", help="tiny matrices, three rounds: does it run?")
     return parser
 
 
+def _prepared(suites: Suites, chosen: Sequence[str], args: argparse.Namespace) -> Iterator[Case | Later]:
+    """The cases in turn; a suite that cannot even list its own is one that fails."""
+    device = torch.device(args.device)
+    for name in chosen:
+        try:
+            yield from suites[name](args, device)
+        except Exception as failure:
+            yield Later(name, lambda failure=failure: _raise(failure))
+
+
+def _raise(failure: Exception) -> Case:
+    raise failure
+
+
 def compare(command: str, suites: Suites, args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Measures the suites that were asked for, prints their tables and writes what ``--out`` names."""
+    """Measures the suites that were asked for, prints their tables and writes what ``--out`` names.
+
+    A case that fails is listed with its reason under ``failed`` and stops no other; the status is then 1.
+    """
     chosen = args.suites.split(",")
     unknown = sorted(set(chosen) - set(suites))
     if unknown:
         raise SystemExit(f"unknown suites {', '.join(unknown)}; known: {', '.join(suites)}")
-    device = torch.device(args.device)
+    started, device = time.perf_counter(), torch.device(args.device)
     torch.manual_seed(0)
-    result: Record = {**begin(command, argv, device, args.quick), "cases": []}
-    for case in (case for suite in chosen for case in suites[suite](args, device)):
-        result["cases"].append(measure(case, device, args.rounds, args.budget))
-        show(table(result["cases"][-1]))
+    result: Record = {**begin(command, argv, device, args.quick), "cases": [], "failed": [], "left_out": []}
+    for case in _prepared(suites, chosen, args):
+        if args.deadline is not None and time.perf_counter() - started > args.deadline:
+            result["left_out"].append(case.name)
+            continue
+        try:
+            made = case.make() if isinstance(case, Later) else case
+            result["cases"].append(measure(made, device, args.rounds, args.budget))
+            show(table(result["cases"][-1]))
+        except Exception as failure:
+            reason = f"{type(failure).__name__}: {failure}"[:300]
+            result["failed"].append({"name": case.name, "reason": reason})
+            print(f"\n{case.name}: failed: {reason}", flush=True)
+        made = None
+        _free(device)
         save(result, args.out)
+    save(result, args.out)
     show(target_table(result["cases"]))
+    if result["left_out"]:
+        print(f"left out for lack of time: {', '.join(result['left_out'])}")
+    if result["failed"]:
+        print(f"FAILED: {', '.join(case['name'] for case in result['failed'])}")
     show_circumstances(result, args.device)
-    return 0
+    return 1 if result["failed"] else 0
+
+
+def _free(device: torch.device) -> None:
+    """What a case held goes back to the device, for the next one may be as large."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,12 +25,13 @@ from fused_optim.sparsity import (
     transposable_mask,
 )
 
-from .comparison import Absent, Case, Contender, compare, parser_of
+from .comparison import Absent, Case, Contender, Later, Suites, compare, parser_of
 from .newton_schulz import DTYPES
 
 ASP = "apex ASP, six patterns"
 FORWARD_ERROR = 0.01
 """Of a product in bf16, relative: two that add in another order are off by 0.003 or less."""
+SIXES = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
 PATTERNS = [(2, 4), (1, 4), (4, 8), (2, 16), (16, 32)]
 
 
@@ -78,47 +79,49 @@ def _case(
     return Case(name, listed, {label: limits.get(label, 1.0) for label in contenders if label != ours})
 
 
-def groups(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def groups(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """Groups along the last dimension of a matrix."""
-    sixes = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    cases = []
-    for dtype_name, dtype in DTYPES.items():
-        w = torch.randn(args.rows, args.columns, device=device).to(dtype)
-        patterns = sixes.to(device, dtype)
+    for dtype_name in DTYPES:
         for n, m in PATTERNS:
-            parts = [masking.largest_of_groups(part.float().flatten(), m, n) for part in w.split(64)]
-            contenders: dict[str, Callable[[], Tensor]] = {
-                "fused_optim": partial(nm_mask, w, n, m),
-                "argsort": partial(argsorted, w, n, m),
-                "topk": partial(topped, w, n, m),
-            }
-            limits = {"argsort": 0.2, "topk": 0.2, ASP: 1 / 3} if (n, m) == (2, 4) else {}
-            if (n, m) == (2, 4):
-                contenders[ASP] = partial(scored, w, patterns)
-            expected = torch.cat(parts).view(w.shape)
-            cases.append(
-                _case(f"{n}:{m} of {args.rows}x{args.columns} {dtype_name}", expected, contenders, limits)
-            )
-    return cases
+            name = f"{n}:{m} of {args.rows}x{args.columns} {dtype_name}"
+            yield Later(name, partial(_group, name, args, device, dtype_name, n, m))
 
 
-def transposable(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def _weights(args: argparse.Namespace, device: torch.device, dtype_name: str) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(args.rows, args.columns, device=device).to(DTYPES[dtype_name])
+
+
+def _group(name: str, args: argparse.Namespace, device: torch.device, dtype: str, n: int, m: int) -> Case:
+    w = _weights(args, device, dtype)
+    parts = [masking.largest_of_groups(part.float().flatten(), m, n) for part in w.split(64)]
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "fused_optim": partial(nm_mask, w, n, m),
+        "argsort": partial(argsorted, w, n, m),
+        "topk": partial(topped, w, n, m),
+    }
+    limits: dict[str, float] = {}
+    if (n, m) == (2, 4):
+        limits = {"argsort": 0.2, "topk": 0.2, ASP: 1 / 3}
+        contenders[ASP] = partial(scored, w, torch.tensor(SIXES, device=device, dtype=w.dtype))
+    return _case(name, torch.cat(parts).view(w.shape), contenders, limits)
+
+
+def transposable(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """Blocks of 4x4, two kept in every row and column."""
-    places = masking.block_patterns().to(device)
-    cases = []
-    for name, dtype in DTYPES.items():
-        w = torch.randn(args.rows, args.columns, device=device).to(dtype)
-        patterns = torch.zeros(len(places), 16, dtype=dtype, device=device).scatter_(1, places, 1)
-        contenders: dict[str, Callable[[], Tensor]] = {
-            "fused_optim": partial(transposable_mask, w),
-            "2by4-pretrain, 90 patterns": partial(convolved, w, patterns),
-        }
-        expected = masking.best_of_blocks(w.float())
-        limits = {"2by4-pretrain, 90 patterns": 0.5}
-        cases.append(
-            _case(f"transposable of {args.rows}x{args.columns} {name}", expected, contenders, limits)
-        )
-    return cases
+    for dtype_name in DTYPES:
+        name = f"transposable of {args.rows}x{args.columns} {dtype_name}"
+        yield Later(name, partial(_blocks, name, args, device, dtype_name))
+
+
+def _blocks(name: str, args: argparse.Namespace, device: torch.device, dtype: str) -> Case:
+    w, places = _weights(args, device, dtype), masking.block_patterns().to(device)
+    patterns = torch.zeros(len(places), 16, dtype=w.dtype, device=device).scatter_(1, places, 1)
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "fused_optim": partial(transposable_mask, w),
+        "2by4-pretrain, 90 patterns": partial(convolved, w, patterns),
+    }
+    return _case(name, masking.best_of_blocks(w.float()), contenders, {"2by4-pretrain, 90 patterns": 0.5})
 
 
 class Masked:
@@ -143,44 +146,47 @@ class Masked:
             self._shown = [w * topped(w, 2, 4) for w in self._weights]
 
 
-def steps(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def steps(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """AdamW on matrices in fp32: dense, masked in place, with dense weights beside what the model sees."""
-    shape = (args.rows, args.columns)
-
-    def weights() -> list[Tensor]:
-        made = [torch.randn(shape, device=device).requires_grad_() for _ in range(args.tensors)]
-        for w in made:
-            w.grad = torch.randn_like(w)
-        return made
-
-    def ours(**options: Any) -> Callable[[], None]:
-        return fused_optim.AdamW(weights(), lr=1e-3, **options).step
-
-    def torchs(decay: float | None) -> Masked:
-        params = weights()
-        return Masked(params, torch.optim.AdamW(params, lr=1e-3, fused=True), decay)
-
-    dense = Contender("dense", ours())
     name = f"AdamW, {args.tensors} of {args.rows}x{args.columns}"
-    return [
-        Case(
-            f"{name}: one mask for good",
-            [
-                Contender("masked", ours(sparsity=OneShot())),
-                dense,
-                Contender("torch fused and three passes (apex ASP)", torchs(None)),
-            ],
-            {"dense": 1.05 if device.type == "cuda" else 1.15},
-        ),
-        Case(
-            f"{name}: new masks in every step",
-            [
-                Contender("masked (SR-STE)", ours(sparsity=SRSTE())),
-                dense,
-                Contender("torch fused around SR-STE", torchs(2e-4)),
-            ],
-        ),
+    for kind, make in (("one mask for good", _one_mask), ("new masks in every step", _new_masks)):
+        title = f"{name}: {kind}"
+        yield Later(title, partial(make, title, args, device))
+
+
+def _parameters(args: argparse.Namespace, device: torch.device) -> list[Tensor]:
+    shape = (args.rows, args.columns)
+    made = [torch.randn(shape, device=device).requires_grad_() for _ in range(args.tensors)]
+    for w in made:
+        w.grad = torch.randn_like(w)
+    return made
+
+
+def _ours(args: argparse.Namespace, device: torch.device, **options: Any) -> Callable[[], None]:
+    return fused_optim.AdamW(_parameters(args, device), lr=1e-3, **options).step
+
+
+def _torchs(args: argparse.Namespace, device: torch.device, decay: float | None) -> Masked:
+    params = _parameters(args, device)
+    return Masked(params, torch.optim.AdamW(params, lr=1e-3, fused=True), decay)
+
+
+def _one_mask(name: str, args: argparse.Namespace, device: torch.device) -> Case:
+    contenders = [
+        Contender("masked", _ours(args, device, sparsity=OneShot())),
+        Contender("dense", _ours(args, device)),
+        Contender("torch fused and three passes (apex ASP)", _torchs(args, device, None)),
     ]
+    return Case(name, contenders, {"dense": 1.05 if device.type == "cuda" else 1.15})
+
+
+def _new_masks(name: str, args: argparse.Namespace, device: torch.device) -> Case:
+    contenders = [
+        Contender("masked (SR-STE)", _ours(args, device, sparsity=SRSTE())),
+        Contender("dense", _ours(args, device)),
+        Contender("torch fused around SR-STE", _torchs(args, device, 2e-4)),
+    ]
+    return Case(name, contenders)
 
 
 def _layer(weight: Tensor) -> nn.Sequential:
@@ -214,22 +220,27 @@ def _compressed(model: nn.Module, x: Tensor, expected: Tensor) -> Contender | Ab
     return Contender(label, partial(model, x), lambda: error)
 
 
-@torch.no_grad()
-def forward(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def forward(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """An exported layer on as many tokens as it has inputs: its compressed weight, and the same one dense."""
+    name = f"forward of a 2:4 layer, {args.columns} tokens, {args.rows}x{args.columns} bf16"
+    yield Later(name, partial(_forward, name, args, device))
+
+
+@torch.no_grad()
+def _forward(name: str, args: argparse.Namespace, device: torch.device) -> Case:
     weight = torch.randn(args.rows, args.columns, device=device).bfloat16()
     prune(dense := _layer(weight))
     x = torch.randn(args.columns, args.columns, device=device).bfloat16()
     expected = dense(x).float()
     found = _compressed(_exported(weight), x, expected)
     plain = Contender("dense", partial(dense, x))
-    name = f"forward of a 2:4 layer, {args.columns} tokens, {args.rows}x{args.columns} bf16"
     if isinstance(found, Absent):
-        return [Case(name, [plain], absent=[found])]
-    return [Case(name, [found, plain], {"dense": 1.0})]
+        return Case(name, [plain], absent=[found])
+    return Case(name, [found, plain], {"dense": 1.0})
 
 
-SUITES = {"groups": groups, "transposable": transposable, "step": steps, "forward": forward}
+SUITES: Suites = {"step": steps, "forward": forward, "groups": groups, "transposable": transposable}
+"""What a step costs first: a run may hit its time limit."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,9 +252,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.quick:
         args.rows, args.columns, args.rounds = 16, 64, 3
     size = 8192 if args.device.startswith("cuda") else 1024
     args.rows, args.columns = args.rows or size, args.columns or size
+    if args.rows % 4 or args.columns % 32 or min(args.rows, args.columns) < 1:
+        parser.error(f"--rows {args.rows} --columns {args.columns}: rows are a multiple of 4, columns of 32")
     return compare("masks", SUITES, args, argv)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fused_optim.kernels.spectral import products
 from fused_optim.spectral import orthogonalize, soft_clip
 
 from . import ceiling
-from .comparison import Absent, Case, Contender, compare, parser_of
+from .comparison import Absent, Case, Contender, Later, Suites, compare, parser_of
 from .iterations import ITERATIONS, admit
 from .muons import JORDAN, distance, polynomials, whole_step
 
@@ -38,13 +38,6 @@ def released_soft_clip(X: Tensor, c: float, dtype: torch.dtype) -> Tensor:
         T = (3 * identity - inverse @ root) / 2
         root, inverse = root @ T, T @ inverse
     return ((inverse / a.sqrt()) @ Y).to(X.dtype)
-
-
-def _clipped(X: Tensor, c: float) -> Tensor:
-    """The definition, by eigenvalues in float64."""
-    Y = X.double()
-    values, vectors = torch.linalg.eigh(Y @ Y.mT)
-    return (vectors * (1 + values.clamp(min=0) / c**2).rsqrt().unsqueeze(-2)) @ (vectors.mT @ Y)
 
 
 def _decaying(rows: int, columns: int, decades: float, device: torch.device) -> Tensor:
@@ -86,71 +79,103 @@ def _torchs_loop(chosen: Sequence[Tensor]) -> Contender | Absent:
     return Contender(label, one_by_one, worst, ceiling.full(chosen))
 
 
-def muon(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def muon(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """All hidden matrices of a Llama, four d × d and three of d × d_ff a layer, and the matmuls' speed."""
     d, d_ff, layers = args.width, 4 * args.width, args.layers
     shapes = [(4 * layers, d, d), (3 * layers, d_ff, d)]
     batches = [torch.randn(shape, device=device) for shape in shapes]
     products = [ceiling.Products(X) for X in batches]
     limits = {"torch.optim.Muon": 0.5 if device.type == "cuda" else 0.75}
-    cases = []
     parts = {"all": slice(None), f"{d}x{d}": slice(1), f"{d_ff}x{d}": slice(1, None)}
     for name, part in parts.items():
-        chosen = batches[part]
-        contenders = [
-            Contender(
-                label,
-                partial(_in_batches, chosen, form),
-                partial(_worst, partial(_ours, form=form), chosen),
-                ceiling.ours(chosen, JORDAN, form),
-            )
-            for label, form in (("fused_optim", "auto"), ("fused_optim, standard form", "standard"))
-        ]
-        found = [_torchs_loop(chosen), *(admit(label, peer, chosen) for label, peer in ITERATIONS.items())]
-        cases.append(
-            Case(
-                f"muon {name}, {layers} layers",
-                contenders + [one for one in found if isinstance(one, Contender)],
-                limits if name == "all" else {},
-                [one for one in found if isinstance(one, Absent)],
-                ceiling.matmuls(products[part]),
-            )
+        title = f"muon {name}, {layers} layers"
+        wanted = limits if name == "all" else {}
+        yield Later(title, partial(_iterations, title, batches[part], products[part], wanted))
+
+
+def _iterations(
+    title: str, chosen: Sequence[Tensor], products: Sequence[ceiling.Products], limits: dict[str, float]
+) -> Case:
+    contenders = [
+        Contender(
+            label,
+            partial(_in_batches, chosen, form),
+            partial(_worst, partial(_ours, form=form), chosen),
+            ceiling.ours(chosen, JORDAN, form),
         )
-    return cases
+        for label, form in (("fused_optim", "auto"), ("fused_optim, standard form", "standard"))
+    ]
+    found = [_torchs_loop(chosen), *(admit(label, peer, chosen) for label, peer in ITERATIONS.items())]
+    return Case(
+        title,
+        contenders + [one for one in found if isinstance(one, Contender)],
+        limits,
+        [one for one in found if isinstance(one, Absent)],
+        ceiling.matmuls(products),
+    )
 
 
-def clip(args: argparse.Namespace, device: torch.device) -> list[Case]:
+class _Clipped:
+    """A matrix to clip, and the definition by eigenvalues in float64: found when asked for, once."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._sizes, self._dtype, self._device = (rows, columns), dtype, device
+
+    @cached_property
+    def given(self) -> Tensor:
+        torch.manual_seed(0)
+        return _decaying(*self._sizes, 2, self._device).to(self._dtype)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        Y = self.given.double()
+        values, vectors = torch.linalg.eigh(Y @ Y.mT)
+        return values.clamp(min=0), vectors
+
+    def norm(self) -> float:
+        return self._eigen[0].max().sqrt().item()
+
+    def expected(self, c: float) -> Tensor:
+        values, vectors = self._eigen
+        return (vectors * (1 + values / c**2).rsqrt().unsqueeze(-2)) @ (vectors.mT @ self.given.double())
+
+
+def clip(args: argparse.Namespace, device: torch.device) -> Iterator[Later]:
     """Soft clipping against the released iterations in the same dtype, over ratios of the norm to c."""
-    cases = []
     for rows, columns in args.sizes:
-        X = _decaying(rows, columns, 2, device)
-        norm = torch.linalg.matrix_norm(X, 2).item()
         for name, dtype in DTYPES.items():
-            given = X.to(dtype)
+            clipped = _Clipped(rows, columns, dtype, device)
             for wanted in args.ratios:
-                c = norm / wanted
-                expected = _clipped(given, c)
-                limits = {"released": 1.0, **({"orthogonalize": 1.0} if device.type == "cuda" else {})}
-                contenders = [
-                    Contender(
-                        "fused_optim",
-                        lambda X=given, c=c: soft_clip(X, c),
-                        lambda X=given, c=c, e=expected: distance(soft_clip(X, c), e),
-                    ),
-                    Contender(
-                        "released",
-                        lambda X=given, c=c, d=dtype: released_soft_clip(X, c, d),
-                        lambda X=given, c=c, d=dtype, e=expected: distance(released_soft_clip(X, c, d), e),
-                    ),
-                    Contender("orthogonalize", lambda X=given: orthogonalize(X, "jordan", 5)),
-                ]
                 title = f"soft clip {rows}x{columns} {name}, ratio {wanted:g}"
-                cases.append(Case(title, contenders, limits))
-                theirs = contenders[1]
-                as_exact = partial(soft_clip, given, c, tolerance=max(theirs.error(), 1e-7))
-                ours = Contender("fused_optim", as_exact, lambda f=as_exact, e=expected: distance(f(), e))
-                cases.append(Case(f"{title}, as exact as released", [ours, theirs], {"released": 0.5}))
-    return cases
+                yield Later(title, partial(_clip, title, clipped, wanted, dtype))
+                title = f"{title}, as exact as released"
+                yield Later(title, partial(_clip_as_exact, title, clipped, wanted, dtype))
+
+
+def _released(X: Tensor, c: float, expected: Tensor, dtype: torch.dtype) -> Contender:
+    call = partial(released_soft_clip, X, c, dtype)
+    return Contender("released", call, lambda: distance(call(), expected))
+
+
+def _clip(title: str, clipped: _Clipped, wanted: float, dtype: torch.dtype) -> Case:
+    X, c = clipped.given, clipped.norm() / wanted
+    expected, call = clipped.expected(c), partial(soft_clip, X, c)
+    contenders = [
+        Contender("fused_optim", call, lambda: distance(call(), expected)),
+        _released(X, c, expected, dtype),
+        Contender("orthogonalize", lambda: orthogonalize(X, "jordan", 5)),
+    ]
+    return Case(title, contenders, {"released": 1.0, **({"orthogonalize": 1.0} if X.is_cuda else {})})
+
+
+def _clip_as_exact(title: str, clipped: _Clipped, wanted: float, dtype: torch.dtype) -> Case:
+    X, c = clipped.given, clipped.norm() / wanted
+    expected = clipped.expected(c)
+    theirs = _released(X, c, expected, dtype)
+    assert theirs.error is not None
+    call = partial(soft_clip, X, c, tolerance=max(theirs.error(), 1e-7))
+    ours = Contender("fused_optim", call, lambda: distance(call(), expected))
+    return Case(title, [ours, theirs], {"released": 0.5})
 
 
 def symmetric(args: argparse.Namespace, device: torch.device) -> list[Case]:
@@ -173,7 +198,7 @@ def symmetric(args: argparse.Namespace, device: torch.device) -> list[Case]:
     return cases
 
 
-SUITES = {"muon": muon, "step": whole_step, "clip": clip, "products": symmetric}
+SUITES: Suites = {"muon": muon, "step": whole_step, "clip": clip, "products": symmetric}
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -294,8 +294,36 @@ def test_the_benchmark_runs_and_refuses_wrong_masks(
     with pytest.raises(SystemExit, match="unknown suites x"):
         bench.main(["--suites", "x"])
     monkeypatch.setattr(bench, "nm_mask", lambda w, n, m: torch.ones_like(w, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="found another mask than the reference"):
-        bench.main(["--quick", "--device", "cpu"])
+    assert bench.main(["--quick", "--device", "cpu", "--suites", "groups,forward", "--out", str(out)]) == 1
+    result = json.loads(out.read_text())
+    # What is wrong is not timed, and stops no other case.
+    assert [case["name"][:7] for case in result["failed"]] == ["2:4 of "] * 2 and len(result["cases"]) == 1
+    assert "found another mask than the reference" in result["failed"][0]["reason"]
+    assert "FAILED: 2:4 of 16x64 fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--rows 7 --columns 33", "--rows 7 --columns 33: rows are a multiple of 4, columns of 32"),
+        ("--device cuda:99", "'cuda:99' is not here, torch sees"),
+    ],
+)
+def test_the_benchmark_refuses_in_one_line(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--device", "cpu", *arguments.split()])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_deadline_leaves_cases_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "masks.json"
+    options = ["--quick", "--device", "cpu", "--suites", "forward,step", "--deadline", "-1"]
+    assert bench.main([*options, "--out", str(out)]) == 0
+    names = json.loads(out.read_text())["left_out"]
+    assert [name.partition(" ")[0] for name in names] == ["forward", "AdamW,", "AdamW,"]
+    assert "left out for lack of time: forward of a 2:4 layer" in capsys.readouterr().out
 
 
 def test_the_benchmark_of_steps_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,3 +257,19 @@ def test_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "TFLOP/s of matmul" in printed and "torch.bmm, one step" in printed
     with pytest.raises(SystemExit, match="unknown suites x; known: muon, step, clip, products"):
         newton_schulz_bench.main(["--suites", "x"])
+
+
+def test_a_case_that_fails_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(newton_schulz_bench, "released_soft_clip", out_of_memory)
+    out = tmp_path / "result.json"
+    arguments = ["--quick", "--suites", "clip,products", "--ratios", "30", "--device", "cpu"]
+    assert newton_schulz_bench.main([*arguments, "--out", str(out)]) == 1
+    result = json.loads(out.read_text())
+    assert [case["name"] for case in result["cases"]] == ["gram 64", "polynomial 64", "multiply_add 64"]
+    assert {case["reason"] for case in result["failed"]} == {"OutOfMemoryError: CUDA out of memory"}
+    assert len(result["failed"]) == 4 and "FAILED: soft clip 48x64 fp32" in capsys.readouterr().out

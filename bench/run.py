@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class Run(Timed):
         self.elements = sum(param.numel() for param in self.params)
         self.optimizer = contender.make(self.params)
         self._steps = 0
+        self.failure = ""
 
     def prepare(self) -> None:
         values = self._gradients.values(self.dtype, 0 if self._kept else self._steps)
@@ -77,6 +78,25 @@ class Run(Timed):
     def finish(self) -> None:
         if not self._kept:
             self.optimizer.zero_grad()
+
+    def sample(self, round_: int, sweep: Callable[[], None] | None) -> None:
+        """One that fails, for want of memory say, gives back what it holds and sits out from then on."""
+        if not self.failure:
+            self._try(lambda: super(Run, self).sample(round_, sweep))
+
+    def warm_up(self) -> None:
+        if not self.failure:
+            self._try(super().warm_up)
+
+    def _try(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as failure:
+            self.failure = _reason(failure)
+        if self.failure:
+            # Here the exception is gone, and with its traceback all that the step was about to do.
+            del self.optimizer, self.params
+            free()
 
     def check(self, sampler: Sampler) -> float:
         """Takes the first steps; the relative error of the change they make."""
@@ -116,6 +136,10 @@ class Run(Timed):
         if plan is None:
             return None
         return ", ".join(sorted({f"{b.driver.name} {'exact' if b.exact else 'fast'}" for b in plan.buckets}))
+
+
+def _reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}"[:300]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -173,7 +197,7 @@ def _admit(
         return Row(contender, "missing", str(missing))
     except Exception as failure:
         # A peer may fail in any way; the table says so and the others are timed.
-        return Row(contender, "failed", f"{type(failure).__name__}: {failure}"[:300])
+        return Row(contender, "failed", _reason(failure))
     row.facts = {
         "first_steps_s": round(time.perf_counter() - begin, 3),
         "state_bytes_per_parameter": round(run.state_bytes(), 4),
@@ -191,6 +215,34 @@ def _admit(
     return row
 
 
+def _ceilings(device: torch.device, size: int) -> tuple[Copy, InPlace]:
+    """What steps are compared with, of as many bytes as there is room for."""
+    while True:
+        try:
+            return Copy(device, size), InPlace(device, size)
+        except torch.OutOfMemoryError:
+            if size < 2**22:
+                raise
+            size //= 2
+
+
+def _admitted(case: Case, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[Row]:
+    gradients, sampler = Gradients(shapes, device), Sampler(shapes, device)
+    for contender in case.contenders:
+        row = _admit(contender, shapes, gradients, sampler, case, device)
+        if row.status in ("failed", "wrong"):
+            free()
+        yield row
+
+
+def _drop_failed(rows: Sequence[Row]) -> list[Run]:
+    """Those that still run; the others become rows with the reason."""
+    for row in rows:
+        if row.run is not None and row.run.failure:
+            row.status, row.reason, row.run = "failed", row.run.failure, None
+    return [row.run for row in rows if row.run is not None]
+
+
 def measure(
     case: Case,
     shapes: Sequence[tuple[int, ...]],
@@ -200,16 +252,16 @@ def measure(
     ceiling: int,
 ) -> Outcome:
     """Checks every contender, then times them in turn beside a copy of ``ceiling`` bytes."""
-    gradients, sampler = Gradients(shapes, device), Sampler(shapes, device)
-    rows = [_admit(c, shapes, gradients, sampler, case, device) for c in case.contenders]
-    copy, in_place = Copy(device, ceiling), InPlace(device, ceiling)
+    # First, while the device is empty: contenders may fill it, and one that does not fit is a row.
+    copy, in_place = _ceilings(device, ceiling)
     sweep = Sweep(device) if case.cold else None
-    timed = [row.run for row in rows if row.run is not None]
-    for item in [copy, in_place, *timed]:
+    rows = list(_admitted(case, shapes, device))
+    for item in [copy, in_place, *_drop_failed(rows)]:
         item.sample(-1, None)
         for samples in (item.time, item.host, item.wall):
             samples.by_round.clear()
         item.spent_s = 0.0
+    timed = _drop_failed(rows)
     if case.cold:
         interleave([copy, in_place, *timed], rounds, budget_s, sweep)
     else:
@@ -217,6 +269,7 @@ def measure(
         share = budget_s / (2 + len(timed))
         interleave([copy, in_place], rounds, 2 * share, None)
         interleave(timed, rounds, len(timed) * share, None, warm=True)
+    _drop_failed(rows)
     return Outcome(case, shapes, rows, copy, in_place, len(copy.time.by_round))
 
 

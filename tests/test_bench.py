@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,27 +304,6 @@ def test_bench_without_a_command_lists_them() -> None:
     assert "step" in done.stdout and "static" in done.stdout
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_gpu_script_parses_and_explains_itself() -> None:
-    script = ROOT / "bench" / "gpu.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    refused = subprocess.run(["bash", script, "/nowhere", "everything"], capture_output=True, text=True)
-    assert (
-        refused.returncode == 2
-        and "OUT [all|tests|bench|variants|products|matrices|masks|pretrain]" in refused.stdout
-    )
-
-
-def test_gpu_script_stays_below_nine_minutes() -> None:
-    """The limits of all parts and of the report, with ten seconds for what is stopped late."""
-    text = (ROOT / "bench" / "gpu.sh").read_text()
-    limits = re.search(r"^build_limit=.*\n.*$", text, re.MULTILINE)
-    assert limits is not None
-    seconds = dict(re.findall(r"(\w+)_limit=(\d+)", limits[0]))
-    assert set(re.findall(r"\$(\w+)_limit", text)) == set(seconds)
-    assert sum(map(int, seconds.values())) <= 530
-
-
 def test_an_exported_layer_is_timed_or_the_reason_is_said(tmp_path: Path) -> None:
     out = tmp_path / "masks.json"
     assert masks.main(["--suites", "forward", "--quick", "--device", "cpu", "--out", str(out)]) == 0
@@ -343,31 +319,3 @@ def test_an_exported_layer_computes_the_same(tmp_path: Path) -> None:
     assert masks.main(["--suites", "forward", *sizes, "--out", str(out)]) == 0
     (case,) = json.loads(out.read_text())["cases"]
     assert [row["status"] for row in case["rows"]] == ["ok", "ok"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the script would run in full")
-def test_gpu_script_does_what_it_can_without_a_gpu(tmp_path: Path) -> None:
-    command = ["bash", ROOT / "bench" / "gpu.sh", tmp_path / "out", "all", "--installed"]
-    # To validate on a little text proves as much as on the standard library.
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/bash\n[[ " $* " != *" pretrain "* ]] || set -- "$@" --data {ROOT}/tests/oracles\n'
-        f'exec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    # Without a GPU it only collects, which this very run has done for the other files.
-    only = {"PYTHON": str(python), "PYTEST_ADDOPTS": f"--ignore-glob={ROOT}/tests/test_[!g]*"}
-    done = subprocess.run(command, env={**os.environ, **only}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "no GPU" in done.stdout
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    written = [
-        f"{part}.{kind}" for part in ("bench", "masks", "matrices", "products") for kind in ("json", "log")
-    ]
-    others = ["pretrain", "pretrain.log", "report", "summary.json", "tests.log", "variants.log"]
-    assert files == sorted([*written, *others])
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {name: part["state"] for name, part in summary["parts"].items()} == dict.fromkeys(
-        ["tests", "bench", "variants", "products", "matrices", "masks", "pretrain"], "ok"
-    )

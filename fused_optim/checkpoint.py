@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import states, storage
 from .checks import check_apart
-from .kernels.masking import keeps_dense
+from .kernels.masking import MASK, keeps_dense
 from .kernels.spec import Rule
 from .options import ENGINE_OPTIONS, OPTION_DEFAULTS, check_codecs, check_group
 
@@ -22,9 +22,40 @@ if TYPE_CHECKING:
 
 OWN_KEY = "fused_optim"
 FORMAT = 1
+MASKS_KEY = "fused_optim_masks"
+"""Of a portable state dict: masks, dense weights and the count of steps that they belong to.
+
+They are not part of the state: torch.optim would carry them along and save them again, long out of date.
+"""
 
 
-def pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def save(optimizer: FusedOptimizer, portable: bool, unknown: Collection[str]) -> dict[str, Any]:
+    """What ``state_dict`` returns: torch's hooks come before and after everything, as in torch."""
+    for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre_hook(optimizer)
+    plain = _numbered(optimizer)
+    packed = _pack_portable(optimizer, plain, unknown) if portable else _pack(optimizer, plain)
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        result = post_hook(optimizer, packed)
+        packed = packed if result is None else result
+    return packed
+
+
+def _numbered(optimizer: FusedOptimizer) -> dict[str, Any]:
+    """State and groups with numbers in place of parameters, as torch.optim gives them."""
+    numbers: dict[int, int] = {}
+    for index, (_, _, param) in enumerate(optimizer._parameters()):
+        numbers.setdefault(id(param), index)
+    kept = dict[Any, Any](optimizer.state)
+    state = {numbers[id(key)] if isinstance(key, Tensor) else key: entry for key, entry in kept.items()}
+    groups = [
+        {**group, "params": [numbers[id(param)] for param in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _pack(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state as it is stored, with step counts that have memory of their own.
 
     Blocks that share a scale cannot be cut anew for another number of ranks, so a DTensor's are decoded;
@@ -79,10 +110,10 @@ def _kept(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -
     return entry
 
 
-def pack_portable(
+def _pack_portable(
     optimizer: FusedOptimizer, state_dict: dict[str, Any], unknown: Collection[str]
 ) -> dict[str, Any]:
-    """The state in fp32 without what torch.optim does not know."""
+    """The state in fp32 without what torch.optim does not know; masks stand beside it."""
     groups = [
         {key: value for key, value in group.items() if key not in OPTION_DEFAULTS and key not in unknown}
         for group in state_dict["param_groups"]
@@ -92,7 +123,36 @@ def pack_portable(
         index: _portable(optimizer, *places[index], unknown) if index in places else entry
         for index, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": state, "param_groups": groups}
+    masks = {index: _masks(optimizer, *places[index]) for index in state if index in places}
+    masks = {index: entry for index, entry in masks.items() if entry}
+    portable = {**state_dict, "state": state, "param_groups": groups}
+    return {**portable, MASKS_KEY: masks} if masks else portable
+
+
+def _masks(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -> dict[str, Tensor]:
+    """A parameter's mask and dense weights in values, if it has any, and after how many steps."""
+    entry, key = optimizer.state[param], optimizer._key(group, position, param)
+    own = {
+        slot.name: states.decode(param, entry, slot.name, codec)
+        for slot, codec in zip(key.rule.slots, key.states, strict=True)
+        if slot.codec is not None and entry.get(slot.name) is not None
+    }
+    if MASK.name in own:
+        own[MASK.name] = own[MASK.name].bool()
+    return {**own, "step": entry["step"].clone()} if own else {}
+
+
+def _with_masks(
+    entry: dict[str, Any], masks: Mapping[str, Tensor], rule: Rule, param: Tensor
+) -> dict[str, Any]:
+    """An entry with as much of them as its optimizer keeps: without masks it goes on as torch.optim does."""
+    names = {slot.name for slot in rule.slots if slot.codec is not None} & set(masks)
+    if not names:
+        return entry
+    # Momentum before the first step is nothing in torch's form.
+    blank = {slot.name for slot in rule.slots if slot.name in entry and entry[slot.name] is None}
+    zeros = {name: torch.zeros_like(param) for name in blank}
+    return {"step": masks["step"], **entry, **zeros, **{name: masks[name].float() for name in names}}
 
 
 def _portable(
@@ -158,7 +218,8 @@ def unpack(
         entry = _without_blanks(entry)
         saved_group = saved_groups[group] if own is not None or _is_ours(saved_groups[group]) else None
         values = own is None and not _has_planes(entry)
-        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, values)
+        masks = state_dict.get(MASKS_KEY, {}).get(key, {})
+        state[param] = _load(optimizer, (group, position), groups[group], entry, saved_group, values, masks)
     skipped = own["skipped_steps"] if own is not None else 0
     return groups, state, torch.tensor(skipped, device="cpu") if skipped else None
 
@@ -196,6 +257,7 @@ def _check(state_dict: Mapping[str, Any]) -> None:
                 f"the state dict holds {type(state_dict['state'][key]).__name__} as the state of parameter "
                 f"{key}, a dict is expected: it is damaged"
             )
+    _check_masks(state_dict)
     own = state_dict.get(OWN_KEY)
     if own is None:
         return
@@ -208,6 +270,27 @@ def _check(state_dict: Mapping[str, Any]) -> None:
     if own["format"] > FORMAT:
         raise ValueError(
             f"the state dict has format {own['format']}, this fused_optim reads up to {FORMAT}: update it"
+        )
+
+
+def _check_masks(state_dict: Mapping[str, Any]) -> None:
+    masks = state_dict.get(MASKS_KEY, {})
+    entries: list[Any] = list(masks.values()) if isinstance(masks, Mapping) else [None]
+    if not all(
+        isinstance(entry, Mapping)
+        and "step" in entry
+        and all(isinstance(value, Tensor) for value in entry.values())
+        for entry in entries
+    ):
+        raise ValueError(
+            f"the state dict's entry {MASKS_KEY!r} lacks tensors or a step count of a parameter: "
+            "it is damaged"
+        )
+    strangers = [key for key in masks if key not in state_dict["state"]]
+    if strangers:
+        raise ValueError(
+            f"the state dict's entry {MASKS_KEY!r} holds masks of {strangers}, of which there is no state: "
+            "if 'state' was given other keys, give them here as well"
         )
 
 
@@ -248,10 +331,12 @@ def _load(
     entry: dict[str, Any],
     saved: dict[str, Any] | None,
     values: bool,
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """One parameter's state, in the optimizer's codecs.
 
-    ``saved``: its group, if this library saved it; ``values``: as plain values nevertheless.
+    ``saved``: its group, if this library saved it; ``values``: as plain values nevertheless; ``masks``: what
+    a portable state dict has beside the state.
     """
     name, own_name, param = (
         optimizer._name(*place),
@@ -260,6 +345,7 @@ def _load(
     )
     rule, *_ = optimizer._rule_of(group, name, own_name, param)
     now = states.Stored(*storage.codecs(name, own_name, param, group, rule))
+    entry = _with_masks(entry, masks, rule, param)
     if not any(value is not None for value in entry.values()):
         return {}
     check_apart([name], [storage.local_view(param)])

@@ -150,17 +150,17 @@ class FusedOptimizer(Optimizer, ABC):
         """Steps that changed nothing because of ``skip_nonfinite`` or a loss scaler (reads the device)."""
         return 0 if self._skipped is None else int(self._skipped)
 
+    @torch._disable_dynamo
     def state_dict(self, *, portable: bool = False) -> dict[str, Any]:
         """The state, exact and as stored; with ``portable=True`` as ``torch.optim`` would keep it.
 
         Args:
             portable: states decoded to float32 and no options of this library, for ``torch.optim`` or
-                for an optimizer here with other codecs.
+                for an optimizer here with other codecs. Masks and the dense weights behind them stand under
+                a key that ``torch.optim`` ignores. Bits that ``param_codec`` keeps beside a parameter are
+                left out: :func:`fused_optim.full_precision` gives its weights whole.
         """
-        packed = super().state_dict()
-        if portable:
-            return checkpoint.pack_portable(self, packed, self._unknown_to_torch)
-        return checkpoint.pack(self, packed)
+        return checkpoint.save(self, portable, self._unknown_to_torch)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -39,9 +39,10 @@ def _train(param: torch.nn.Parameter, gradients: list[torch.Tensor], name: str) 
     for step, gradient in enumerate(gradients):
         param.grad = gradient
         optimizer.step()
-        if step == 1:
+        if step in (1, 2):
             resumed = cls([param], lr=0.1, **options)
-            resumed.load_state_dict(optimizer.state_dict())
+            portable = step == 2 and "param_codec" not in options
+            resumed.load_state_dict(optimizer.state_dict(portable=portable))
             optimizer = resumed
 
 

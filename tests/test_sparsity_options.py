@@ -214,12 +214,13 @@ def test_a_state_from_before_pruning_is_pruned_by_an_earlier_one() -> None:
     assert half_zero(w.detach())
 
 
-def test_a_portable_state_has_no_masks_and_loads_into_torch() -> None:
+def test_a_portable_state_has_masks_beside_it_and_loads_into_torch() -> None:
     w = weight()
     optimizer = AdamW([w], lr=0.01, sparsity=SRSTE())
     step(optimizer, 1)
     portable = optimizer.state_dict(portable=True)
     assert set(portable["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(portable["fused_optim_masks"][0]) == {"step", "mask", "dense"}
     torch.optim.AdamW([w]).load_state_dict(portable)
 
 

@@ -64,9 +64,9 @@ class MostMemory(TorchDispatchMode):
 @pytest.mark.parametrize("shape", SHAPES + STACKS, ids=str)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_workspace_holds_what_matrices_need(make: Callable[..., Any], shape: tuple[int, ...]) -> None:
-    count = 4 * WORKSPACE // (4 * torch.Size(shape).numel())
-    assert count > 4
-    params = [Parameter(torch.randn(shape)) for _ in range(min(count, 64))]
+    # Twice as many as fit together, or some that are alone.
+    count = max(2 * WORKSPACE // (100 * torch.Size(shape).numel()), 5)
+    params = [Parameter(torch.randn(shape)) for _ in range(count)]
     for param in params:
         param.grad = torch.randn(shape)
     optimizer = make(params)

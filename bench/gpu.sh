@@ -159,11 +159,11 @@ else
   echo "$gpu"
 fi
 
+prepare $build_limit
 if [[ -z $installed ]]; then
   if [[ -d $site && -O $site ]]; then
     echo "== build: these sources were built before, in $site"
   else
-    prepare $build_limit
     on_gpu=(bash -c build) here=(bash -c build)
     part build
   fi

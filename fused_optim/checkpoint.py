@@ -160,6 +160,9 @@ def _portable(
 ) -> dict[str, Any]:
     """A parameter's state in values, other entries as they are."""
     entry, key = optimizer.state[param], optimizer._key(group, position, param)
+    if not all(slot.signed for slot in key.rule.slots):
+        # Second moments need their count, also where torch's class has none: beside Muon.
+        unknown = {name for name in unknown if name != "step"}
     planes = storage.planes_of(key.param, key.rule, key.states)
     left_out = {storage.ORDER, *states.orphans(entry, key.rule, states.Stored(key.param, key.states))}
     values = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_optim import SGD, AdamW, FusedOptimizer, full_precision, set_full_precision
+from fused_optim import SGD, AdamW, FusedOptimizer, Muon, full_precision, set_full_precision
 from fused_optim.sparsity import SRSTE, OneShot, StructureDecay
 from tests.cases import assert_same_bits, normal
 from tests.checkpointing import written_and_read
@@ -130,6 +130,21 @@ def test_masks_from_before_the_first_step() -> None:
     for optimizer in (first, second):
         _train(optimizer, range(3))
     assert_same_bits(weights[1], weights[0])
+
+
+@pytest.mark.parametrize("others", ["adamw", "lion"])
+def test_muon_keeps_the_count_of_its_second_moments(others: str) -> None:
+    """What a portable state dict left out, loading asked for."""
+    pairs = [[Parameter(normal(shape, torch.float32, 1)) for shape in ((8, 8), (8,))] for _ in range(2)]
+    first, second = (Muon([("w", pair[0]), ("b", pair[1])], others=others) for pair in pairs)
+    _train(first, range(3))
+    for param, other in zip(*pairs, strict=True):
+        other.data.copy_(param.data)
+    second.load_state_dict(_portable(first))
+    for optimizer in (first, second):
+        _train(optimizer, range(3, 6))
+    for param, other in zip(*pairs, strict=True):
+        assert_same_bits(other, param)
 
 
 def _no_tensor(masks: dict[Any, Any]) -> None:

@@ -251,6 +251,9 @@ def times(result: Result, stem: Path) -> Section:
         _ms_table(f"{case['name']}: {case['rounds']} rounds", [*case["rows"], *case.get("matmuls", ())])
         for case in cases
     ]
+    section.notes += [f"Failed: {case['name']}: {case['reason']}" for case in data.get("failed", ())]
+    if data.get("left_out"):
+        section.notes.append(f"Left out for lack of time: {', '.join(data['left_out'])}.")
     return section
 
 

@@ -330,7 +330,8 @@ def test_a_report_has_the_flips_of_each_layer() -> None:
             ValueError,
             r"no parameter can have masks \(w: dimension 1 has 8 weights, no multiple of 5; b: not meant by",
         ),
-        (lambda w: FlipRate(AdamW([w]), SRSTE(apply_to="up*")), ValueError, "0 of group 0: not meant by"),
+        (lambda w: FlipRate(AdamW([("w", w)]), SRSTE(apply_to="up*")), ValueError, "w: not meant by"),
+        (lambda w: FlipRate(AdamW([w]), SRSTE(apply_to="up*")), ValueError, "without a name"),
         (
             lambda w: FlipRate(AdamW([w]), SRSTE(m=5, strict=True)),
             ValueError,

@@ -188,6 +188,8 @@ def _files() -> dict[str, Any]:
                     "matmuls": [matmul],
                 }
             ],
+            "failed": [{"name": "soft clip", "reason": "no <room>"}],
+            "left_out": ["hard clip"],
         },
         "products": {
             "kind": "products",
@@ -269,6 +271,8 @@ def test_other_kinds_are_shown_or_named(
         "A GPU",
         "abc, with changes",
         "failed: no <memory>",
+        "Failed: soft clip: no <room>",
+        "Left out for lack of time: hard clip.",
         "missing: muonium runs on cuda, not on cpu",
         "This version beside main",
         "A processor, 3 cores",

@@ -107,6 +107,10 @@ def _kept(optimizer: FusedOptimizer, group: int, position: int, param: Tensor) -
                 del entry[slot.name + plane.suffix]
             entry[slot.name] = value
     entry.pop(storage.ORDER, None)
+    for name, value in entry.items():
+        # No collective takes int16; loading copies it back.
+        if isinstance(value, Tensor) and value.dtype is torch.int16:
+            entry[name] = value.int()
     return entry
 
 

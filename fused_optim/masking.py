@@ -127,6 +127,19 @@ def show(optimizer: FusedOptimizer, group: int, param: Tensor, key: Key) -> None
     weights_of(optimizer, param, key).show(optimizer.param_groups[group]["sparsity"].pruned(t)[2])
 
 
+def show_loaded(optimizer: FusedOptimizer) -> None:
+    """What masks leave of dense weights that were loaded are the parameters.
+
+    A step without gradients, by which torch's helpers make an optimizer's state before they load it, has put
+    what its own masks left of them there.
+    """
+    for group, position, param in optimizer._parameters():
+        state = optimizer.state.get(param, {})
+        if state.get("mask") is not None and state.get("dense") is not None and not param.is_meta:
+            with torch.no_grad():
+                show(optimizer, group, param, optimizer._key(group, position, param))
+
+
 def in_frame(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every bucket still has the group sizes that its recipe wants in the coming step."""
     for bucket in buckets:

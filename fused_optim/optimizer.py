@@ -183,6 +183,7 @@ class FusedOptimizer(Optimizer, ABC):
             state_dict = state_dict if result is None else result
         groups, state, skipped = checkpoint.unpack(self, state_dict)
         self.__setstate__({"state": state, "param_groups": groups, "_skipped": skipped})
+        masking.show_loaded(self)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

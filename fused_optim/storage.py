@@ -62,11 +62,14 @@ def value_codec(tensor: Tensor) -> Codec:
     return CODECS[OF_DTYPE[plain_codec(tensor).compute]]
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def has_memory(tensor: Tensor) -> bool:
     """Whether its elements lie where its address says: not those of wrappers and of zeros without memory."""
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
         return False
-    return not tensor.numel() or tensor.is_meta or bool(tensor.data_ptr())
+    try:
+        return not tensor.numel() or tensor.is_meta or bool(tensor.data_ptr())
+    except RuntimeError:
+        return False
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -94,7 +97,7 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
     if param.layout != torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; only dense (strided) parameters can be updated")
-    if not is_dtensor(param) and not _has_memory(param):
+    if not is_dtensor(param) and not has_memory(param):
         raise TypeError(
             f"{name} is a {type(param).__name__}, whose memory this library does not know; "
             "pass plain tensors, nn.Parameter or DTensor"
@@ -142,7 +145,7 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> Codec:
             f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device} for a parameter of "
             f"{tuple(param.shape)} {param.dtype} on {param.device}; convert it before step()"
         )
-    if not is_dtensor(grad) and not _is_awaited(grad) and not _has_memory(grad):
+    if not is_dtensor(grad) and not _is_awaited(grad) and not has_memory(grad):
         raise ValueError(
             f"the gradient of {name} is a {type(grad).__name__} without memory of its own; convert it to a "
             "plain tensor before step()"

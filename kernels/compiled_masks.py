@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import dispatch
 from .layout import flat, follows, memory_order, walked
@@ -16,7 +17,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _module(w: Tensor) -> Any:
     """What has compiled functions for tensors like this one."""
-    fits = w.dtype in _DTYPES and w.numel() and follows(w, w)
+    # Wrappers have no memory of their own: neither shards nor what torch traces.
+    plain = not is_traceable_wrapper_subclass(w) and w.numel() and w.data_ptr()
+    fits = w.dtype in _DTYPES and plain and follows(w, w)
     return dispatch.mask_functions(w.device.type) if fits else None
 
 

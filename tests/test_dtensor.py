@@ -27,6 +27,7 @@ CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 BLOCKS = ("int8", "int8_companded", "int4")
 HELPED: list[tuple[torch.dtype, dict[str, Any]]] = [
     (torch.bfloat16, {"param_codec": "bf16_split8"}),
+    (torch.bfloat16, {"param_codec": "bf16_split16"}),
     (torch.bfloat16, {"param_codec": "bf16_kahan"}),
     (torch.float32, {"state_codec": "int8"}),
 ]

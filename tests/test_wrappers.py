@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
 from torch.masked import masked_tensor
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fused_optim
+from fused_optim.sparsity import (
+    SRSTE,
+    MaskDecay,
+    MaskedDecay,
+    StructureDecay,
+    nm_mask,
+    prune,
+    report,
+    transposable_mask,
+    verify,
+)
 
 
 class Opaque(Tensor):
@@ -110,3 +128,46 @@ def test_dtensor_gradients_of_collectives() -> None:
         ours.step()
         theirs.step()
     torch.testing.assert_close(param.to_local().detach(), plain.detach())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.usefixtures("group")
+def test_masks_of_dtensors_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    mesh = init_device_mesh("cpu", (1,))
+    model[0].weight = Parameter(DTensor.from_local(torch.ones(8, 8), mesh, [Replicate()]))
+    weight = model[0].weight
+    for call in (lambda: prune(model), lambda: verify(model), lambda: nm_mask(weight), lambda: report(model)):
+        with pytest.raises(TypeError, match=r"plain tensor, got a DTensor; .* \.full_tensor\(\)"):
+            call()
+    for name in ("zero", "two"):
+        with pytest.raises(TypeError, match="weights must be a plain tensor"):
+            transposable_mask(WITHOUT_MEMORY[name]().view(2, 2))
+
+
+RECIPES = {
+    "masked_decay": MaskedDecay(total_steps=6, every=2),
+    "mask_decay": MaskDecay(dense_steps=0, decay_steps=8),
+    "sr_ste": SRSTE(),
+    "structure_decay": StructureDecay(total_steps=9),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_torchs_helpers_leave_masked_weights(name: str) -> None:
+    """They make a state by a step without gradients, which masks weights that were loaded before."""
+
+    def made() -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        return model, fused_optim.AdamW(model.named_parameters(), lr=0.05, sparsity=RECIPES[name])
+
+    model, optimizer = made()
+    for _ in range(6):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)))
+    other, fresh = made()
+    set_model_state_dict(other, saved[0])
+    set_optimizer_state_dict(other, fresh, saved[1])
+    assert torch.equal(other[0].weight, model[0].weight)

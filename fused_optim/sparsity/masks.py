@@ -11,6 +11,7 @@ from ..kernels.compiled_masks import unpack
 from ..kernels.finders import Blocks, Groups
 from ..kernels.layout import memory_order
 from ..recipe import check_pattern
+from ..storage import has_memory
 
 
 def nm_mask(w: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
@@ -235,6 +236,11 @@ def _check_weights(w: Any) -> None:
         raise TypeError(
             f"weights must be a tensor of a floating dtype, got {_kind(w)}; there are no masks of integers "
             "and complex numbers: convert with .float()"
+        )
+    if not has_memory(w):
+        raise TypeError(
+            f"weights must be a plain tensor, got a {type(w).__name__}; of a DTensor give .full_tensor(), or "
+            ".to_local() if shards hold whole groups"
         )
 
 

@@ -23,8 +23,11 @@ class NorMuon(Muon):
         O_i = O_i / (sqrt(s_i) + 1e-10)
         O = O * |O before| / |O|                      (Frobenius norms)
 
-    Takes every argument of :class:`Muon`. One more state, ``row_second_moment`` (s), fp32, ``[rows, 1]``
-    (experts: ``[stack, rows, 1]``).
+    Takes every argument of :class:`Muon` by keyword. One more state, ``row_second_moment`` (s), fp32,
+    ``[rows, 1]`` (experts: ``[stack, rows, 1]``).
+
+    Raises:
+        ValueError: ``beta2=None``, and whatever :class:`Muon` refuses.
 
     Example:
         >>> import torch, fused_optim
@@ -50,6 +53,8 @@ class NorMuon(Muon):
         beta2: float = 0.95,
         **more: Any,
     ) -> None:
+        if beta2 is None:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ValueError("NorMuon needs beta2, such as 0.95; for none, use Muon")
         super().__init__(params, lr, weight_decay, momentum, nesterov, beta2=beta2, **more)
 
 
@@ -58,8 +63,11 @@ class MuonH(Muon):
     """:class:`Muon` on hyperspheres: every matrix keeps its norm, ``Muon(..., radius="fixed")``.
 
     ``lr`` is the tangent of the angle by which a matrix turns, see
-    :class:`fused_optim.spectral.Hypersphere`. Takes every argument of :class:`Muon`. One more state,
-    ``radius``, fp32, one number per matrix (none with ``radius="current"``).
+    :class:`fused_optim.spectral.Hypersphere`. Takes every argument of :class:`Muon` by keyword. One more
+    state, ``radius``, fp32, one number per matrix (none with ``radius="current"``).
+
+    Raises:
+        ValueError: ``radius=None``, and whatever :class:`Muon` refuses.
 
     Example:
         >>> import torch, fused_optim
@@ -86,6 +94,8 @@ class MuonH(Muon):
         radius: Any = "fixed",
         **more: Any,
     ) -> None:
+        if radius is None:
+            raise ValueError("MuonH needs radius='fixed' or 'current'; to let norms change, use Muon")
         super().__init__(params, lr, weight_decay, momentum, nesterov, ns_coefficients, radius=radius, **more)
 
 

@@ -70,6 +70,8 @@ class Lion8bit(Lion):
 class SGD8bit(SGD):
     """:class:`SGD` whose momentum takes 8 bits, see :class:`AdamW8bit`: 1.016 bytes per parameter.
 
+    Without ``momentum``, which is 0 by default, SGD keeps no state and there is nothing to save.
+
     Example:
         >>> import torch, fused_optim
         >>> optimizer = fused_optim.SGD8bit([torch.nn.Parameter(torch.zeros(64, 64))], momentum=0.9)

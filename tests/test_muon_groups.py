@@ -23,6 +23,14 @@ def test_a_group_of_muons_is_not_clipped() -> None:
     )
 
 
+def test_relatives_need_what_makes_them_differ() -> None:
+    weight = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"NorMuon needs beta2, such as 0\.95; for none, use Muon"):
+        fused_optim.NorMuon([weight], beta2=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"MuonH needs radius='fixed' or 'current'; .* use Muon"):
+        fused_optim.MuonH([weight], radius=None)
+
+
 def test_groups_that_name_their_algorithm() -> None:
     """They have what it needs: the others' options where it is theirs, else its own."""
     named = [("up.weight", torch.zeros(4, 4)), ("norm", torch.zeros(4))]

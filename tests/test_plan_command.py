@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_optim.training import plan, plan_command, plan_figure, plan_report
+from fused_optim.training import Storage, plan, plan_command, plan_figure, plan_report
 from fused_optim.training.peers import PEERS
 from fused_optim.training.planner import DEFAULT_RULES, DEFAULT_STORAGES
 from fused_optim.training.presets import PRESETS
@@ -35,6 +35,13 @@ def test_presets_are_transformers_llamas(name: str, tmp_path: Path) -> None:
     model = plan_command.from_config(str(path))
     assert {key: tuple(param.shape) for key, param in model.named_parameters()} == shape.tensors()
     assert all(param.is_meta for param in model.parameters())
+
+
+def test_one_name_needs_no_list() -> None:
+    shapes, how = {"weight": (64, 64)}, Storage.parse("split8+int8")
+    expected = plan(shapes, rules=["lion"], storages=[how], peers=False)
+    assert plan(shapes, rules="lion", storages=how, peers=False) == expected
+    assert plan(shapes, rules="lion", storages="split8+int8", peers=False) == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)

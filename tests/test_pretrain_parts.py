@@ -41,6 +41,25 @@ def test_no_checkpoint_and_one_every_so_often_is_refused(capsys: pytest.CaptureF
     assert "--no-checkpoint does not go with --checkpoint-every" in capsys.readouterr().err
 
 
+def test_only_a_run_with_a_checkpoint_is_to_be_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, advice in ((pretrain.RESULTS, "another folder"), (pretrain.CHECKPOINT, f"--resume {tmp_path}")):
+        (tmp_path / name).write_text("{}")
+        assert pretrain.main([*RUN, "--out", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.endswith(f"{advice}\n")
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 binary file left"), (2, "2 binary files left")])
+def test_a_folder_of_binary_files(
+    count: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b")[:count]:
+        (tmp_path / name).write_bytes(b"\0\1")
+    assert pretrain.main([*RUN, "--data", str(tmp_path)]) == 2
+    assert f"not empty ({said} out); give two or more" in capsys.readouterr().err
+
+
 def test_spectral_norms_are_those_of_an_svd() -> None:
     llama = model.build_model(resolve(parse(RUN)), 0)
     matrices = {name: p.detach() for name, p in llama.named_parameters() if p.ndim == 2}

@@ -41,11 +41,15 @@ class Corpus:
 
     def summary(self) -> str:
         """One line for the top of the report."""
-        skipped = f", {self.skipped_files} binary files left out" if self.skipped_files else ""
+        skipped = f", {_binary_files(self.skipped_files)} left out" if self.skipped_files else ""
         sizes = f"{len(self.train) / 1e6:.2f} MB to train on, {len(self.validation) / 1e6:.2f} MB to validate"
         if self.validation_files:
             return f"{self.source}: {self.train_files} + {self.validation_files} files, {sizes}{skipped}"
         return f"{self.source}: {sizes} (the end of the file){skipped}"
+
+
+def _binary_files(count: int) -> str:
+    return f"{count} binary file{'s' if count > 1 else ''}"
 
 
 def standard_library() -> Path:
@@ -107,9 +111,10 @@ def load_corpus(data: str | None, pattern: str | None) -> Corpus:
     usable = [name for name, text in texts.items() if text is not None and len(text) > 1]
     skipped = sum(text is None for text in texts.values())
     if len(usable) < 2:
+        left_out = f" ({_binary_files(skipped)} left out)" if skipped else ""
         raise UsageError(
-            f"--data {root} has {len(usable)} text files that match {pattern!r} and are not empty; give "
-            "two or more, or a single file (its end becomes the validation text)"
+            f"--data {root} has {len(usable)} text files that match {pattern!r} and are not empty{left_out}; "
+            "give two or more, or a single file (its end becomes the validation text)"
         )
     sides = split_files(usable)
     train, validation = (

@@ -101,8 +101,8 @@ class Plan:
 def plan(
     model: nn.Module | Shapes,
     *,
-    rules: Sequence[str] = DEFAULT_RULES,
-    storages: Sequence[str | Storage] = DEFAULT_STORAGES,
+    rules: str | Sequence[str] = DEFAULT_RULES,
+    storages: str | Storage | Sequence[str | Storage] = DEFAULT_STORAGES,
     grad_dtype: str | None = None,
     gpus: int = 1,
     shard: str = "none",
@@ -120,9 +120,9 @@ def plan(
     Args:
         model: a module, whose parameters count as they are (frozen ones have neither gradients nor
             states), or the shapes of its parameters by name, then in fp32 under storage ``auto``.
-        rules: names of rules and classes (``python -m fused_optim list``). ``muon``, ``normuon`` and
-            ``muonh`` have ``others="adamw"`` for whatever is no hidden matrix by its name and shape.
-        storages: as :meth:`Storage.parse` takes them, or ``Storage`` objects.
+        rules: one or more names of rules and classes (``python -m fused_optim list``). ``muon``, ``normuon``
+            and ``muonh`` have ``others="adamw"`` for whatever is no hidden matrix by its name and shape.
+        storages: one or more, as :meth:`Storage.parse` takes them, or ``Storage`` objects.
         grad_dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``; None for each parameter's own dtype.
         gpus: GPUs that train together.
         shard: what they share, see :meth:`Memory.on_each`.
@@ -142,6 +142,8 @@ def plan(
         >>> found.entries[0].memory.kept / found.parameters
         5.03125
     """
+    rules = (rules,) if isinstance(rules, str) else rules
+    storages = (storages,) if isinstance(storages, str | Storage) else storages
     _check(rules, grad_dtype, gpus, shard, keep_fp32, sparsity)
     wanted = [Storage.parse(item) if isinstance(item, str) else item for item in storages]
     if not rules or not wanted:

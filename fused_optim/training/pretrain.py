@@ -206,8 +206,10 @@ def _folder(given: dict[str, Any], config: PretrainConfig) -> Path:
         return folder
     name = f"{config.preset}-{config.optimizer}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(given.get("out", Path("runs") / name))
-    if (folder / CHECKPOINT).exists() or (folder / RESULTS).exists():
+    if (folder / CHECKPOINT).exists():
         raise UsageError(f"--out {folder} holds a run already; give another folder, or --resume {folder}")
+    if (folder / RESULTS).exists():
+        raise UsageError(f"--out {folder} holds a run already; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decay-steps", type=int, metavar="N", help="linear to 0 at the end (default: 30 %% of the steps)")
     add("--eval-every", type=int, metavar="N", help="steps between validations (default: a tenth)")
     add("--seed", type=int, metavar="N", help="of the initial weights and of the batches (default: 0)")
-    add("--device", help="auto, cpu, cuda, cuda:1 … (default: auto)")
+    add("--device", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     add("--compare", choices=("torch", "none"), help="default: torch where torch has the optimizer")
     add = parser.add_argument_group("files").add_argument
     add("--out", metavar="FOLDER", help="default: runs/<preset>-<optimizer>-<time>")

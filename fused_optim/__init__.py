@@ -1,7 +1,16 @@
 """Optimizers in place of ``torch.optim``: the whole step in one pass over memory, on GPU and CPU."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+# Only an installation has them here. With the name, `python -m fused_optim` says this in one line.
+if find_spec(f"{__name__}.kernels") is None:
+    raise ImportError(
+        f"{__path__[0]} is the source folder of fused_optim without its kernels, and hides an installed "
+        "fused_optim: run Python from another folder, or `pip install -e .` in the checkout",
+        name=__name__,
+    )
 
 from .adam import Adam
 from .adamw import AdamW

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -49,6 +51,13 @@ def test_info_says_how_to_get_a_missing_library(monkeypatch: pytest.MonkeyPatch)
     assert report["CPU"]["library"] == remedy
     assert report["CPU"]["paths"] == "none"
     assert report["backends"]["native"] == remedy
+
+
+def test_a_missing_library_is_built_from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package index has none of this name."""
+    monkeypatch.setattr(library, "path", lambda kind: None)
+    said = library.load.__wrapped__("cpu")
+    assert said.endswith("in the checkout, or there `pip install --force-reinstall --no-deps .`")
 
 
 def test_info_shows_one_openmp_runtime() -> None:
@@ -118,6 +127,51 @@ def test_wrong_call_is_refused(
     assert printed.err.startswith(message)
     assert "usage: python -m fused_optim" in printed.err
     assert not printed.out
+
+
+@pytest.mark.parametrize("command", ["info", "list"])
+def test_commands_without_options_have_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-h", "--help"):
+        assert _printed(capsys, command, option).startswith("usage: python -m fused_optim COMMAND")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _printed(capsys, "--version") == f"fused_optim {fused_optim.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["list", "plan --help"])
+def test_a_reader_that_leaves_early_ends_it_quietly(command: str) -> None:
+    """As ``| head -1`` does."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_optim", *command.split()],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("pretrain --help", "cuda, cuda:1 ... (default: auto)"),
+        ("pretrain --data no/böök", "no/b\\xf6\\xf6k does not exist"),
+        ("plan --matrix 8x8 --json plän.json --no-peers", "8x8"),
+    ],
+)
+def test_a_terminal_with_ascii_alone(command: str, shown: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-m", "fused_optim", *command.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    text = (done.stdout + done.stderr).decode("ascii")
+    assert shown in text and "Traceback" not in text
 
 
 def test_pretrain_gets_its_options(capsys: pytest.CaptureFixture[str]) -> None:

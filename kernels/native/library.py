@@ -17,7 +17,7 @@ ABI = 6
 WORK = ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
 """Types of what ``Library.work`` returns."""
 
-_REBUILD = "run `pip install -e .` in a checkout, or `pip install --force-reinstall fused_optim`"
+_REBUILD = "run `pip install -e .` in the checkout, or there `pip install --force-reinstall --no-deps .`"
 _NEEDS = {"cpu": "g++ and CMake", "cuda": "nvcc (CUDA 12.8 or later) on the PATH"}
 
 

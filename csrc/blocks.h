@@ -81,7 +81,7 @@ struct int8_companded : BlocksOf<64, 8, 16> {
 };
 
 // Even steps of the square root.
-struct int8_companded_unsigned : BlocksOf<64, 8, 16> {
+struct int8_companded_unsigned : BlocksOf<128, 8, 32> {
   static FO_INLINE F value(U code, const char*) {
     F q = to_float(code);
     return product(product(q, q), F(1.0f / 65025.0f));

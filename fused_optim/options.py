@@ -27,7 +27,7 @@ class Options(TypedDict, total=False):
     Attributes:
         state_codec: storage of the states: ``"auto"`` (fp32; fp64 for float64 parameters), a codec's
             name, or a mapping from state names to codecs, such as ``{"exp_avg": "int8"}``. ``"fp16"`` has
-            too small a range for second moments, which are 0 in it for gradients below 2e-4.
+            too small a range for second moments: with beta2=0.999 those of gradients below 5e-3 are 0 in it.
         param_codec: storage of the parameters: ``"auto"`` (as the tensor's dtype says), or a codec whose
             first plane is the tensor itself, such as ``"bf16_split8"`` for bfloat16 parameters.
         keep_fp32: whose states stay in fp32 although ``state_codec`` has 8 or 4 bits: parameters with

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+import fused_optim
 from fused_optim.training.config import parse, resolve
 from fused_optim.training.data import Corpus, load_corpus
 from fused_optim.training.loop import Interrupt, Trainer
@@ -63,3 +65,26 @@ def test_storage_learns_like_fp32(storage: str) -> None:
 def test_other_rules_learn_with_8_bits(storage: str, optimizer: str, gap: float) -> None:
     reference, loss = _validation_loss("fp32", optimizer), _validation_loss(storage, optimizer)
     assert reference < 2.6 and loss <= (1 + gap) * reference
+
+
+@pytest.mark.parametrize("codec", ["int8", "int8_companded", "fp8", "int4", "bf16_sr"])
+@pytest.mark.parametrize("beta2", [0.999, 0.99])
+def test_second_moments_decay(codec: str, beta2: float) -> None:
+    """When gradients become ten times smaller, however little a step takes away; as in fp32."""
+    averages: list[list[float]] = []
+    for each in ("fp32", codec):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.zeros(4096))
+        optimizer = fused_optim.AdamW(
+            [param], lr=0.0, betas=(0.9, beta2), state_codec={"exp_avg_sq": each}, keep_fp32=0
+        )
+        averages.append([])
+        for size, steps in ((1.0, 300), (0.1, 2500)):
+            for _ in range(steps):
+                param.grad = size * torch.randn(4096, generator=generator)
+                optimizer.step()
+            found = fused_optim.full_precision(optimizer, param, "exp_avg_sq")
+            averages[-1].append(float(found.mean()))
+    for right, ours in zip(*averages, strict=True):
+        # Coarse codes follow the largest value of their block, which is above the mean.
+        assert 0.9 < ours / right < (1.1 if codec.startswith(("int8", "bf16")) else 2.5)

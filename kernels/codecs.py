@@ -42,8 +42,8 @@ CODECS: dict[str, Codec] = {
         Codec("bf16_split16", (_BF16, Plane(".lo", "int16", 16))),
         _blocks("int8", _BYTE, 256, "float32", 0.0071, "int8_unsigned", lookup="dynamic_signed"),
         _blocks("int8_unsigned", _BYTE, 256, "float32", 0.0036, lookup="dynamic_unsigned"),
-        # Scales of second moments in fp32: in bf16 a decay of 0.001 would be lost, and with it all decay, since no
-        # code changes by so little.
+        # Scales of second moments in fp32: in bf16 a decay of 0.001 would be lost, and no code changes by so
+        # little either.
         _blocks("int8_companded", _SIGNED_BYTE, 64, "bfloat16", 0.01, "int8_companded_unsigned"),
         _blocks("int8_companded_unsigned", _BYTE, 128, "float32", 0.006),
         _blocks("fp8", _BYTE, 256, "float32", 0.036, "fp8_unsigned"),

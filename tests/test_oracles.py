@@ -126,7 +126,7 @@ def test_reference_equals_the_paper(
     assert state["step"].item() == STEPS - late
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam", "Lion", "SGD"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_oracles_know_each_option(name: str) -> None:
     """An oracle that ignores an option would agree with a kernel that ignores it."""
     _, oracle, many = OPTIONS[name]

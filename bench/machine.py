@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 import fused_optim
 import fused_optim.kernels
+from fused_optim.training.origin import commit_of, processor, run
 
 PACKAGES = (
     *(
@@ -30,9 +30,6 @@ PACKAGES = (
     ),
     *("heavyball", "flashoptim", "deepspeed", "muonium", "gram-newton-schulz", "flash-muon", "quack-kernels"),
 )
-COMMIT = "FUSED_OPTIM_COMMIT"
-"""The variable that names the commit of a copy without .git."""
-
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("fused_optim", "kernels", "csrc", "bench", ":!bench/results")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -47,33 +44,6 @@ def last_level_cache(device: torch.device) -> int:
     return max(
         (int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 1024**2
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with ``+`` if anything that runs differs from it; a copy's is in ``COMMIT``."""
-    # Without its own .git git would answer for a repository around the copy.
-    commit = _run("git", "rev-parse", "--short=12", "HEAD") if (_ROOT / ".git").exists() else None
-    if commit is None:
-        return os.environ.get(COMMIT) or None
-    changed = _run("git", "status", "--porcelain", "--", *_SOURCES)
-    return commit + ("+" if changed else "")
 
 
 def source_digest() -> str:
@@ -109,8 +79,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        query: _run(
-            "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
+        query: run(
+            _ROOT, "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
         ),
     }
 
@@ -120,7 +90,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "gpu": _gpu(device) if device.type == "cuda" else None,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -128,7 +98,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache(device),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": commit_of(_ROOT, _SOURCES),
         "sources": source_digest(),
     }
 

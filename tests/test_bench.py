@@ -16,6 +16,7 @@ from bench.peers import PEERS, Contender, MissingPeerError
 from bench.run import Gradients, Run, measure
 from fused_optim.kernels.codecs import CODECS
 from fused_optim.kernels.rules import RULES
+from fused_optim.training.origin import COMMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -279,9 +280,9 @@ def test_the_machine_is_described() -> None:
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
-    monkeypatch.delenv(machine.COMMIT, raising=False)
+    monkeypatch.delenv(COMMIT, raising=False)
     assert machine.describe(CPU)["commit"] is None
-    monkeypatch.setenv(machine.COMMIT, "abc123")
+    monkeypatch.setenv(COMMIT, "abc123")
     assert machine.describe(CPU)["commit"] == "abc123"
 
 

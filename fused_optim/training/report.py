@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from .config import PretrainConfig
 from .data import Corpus
 from .figure import draw
 from .loop import Record
+from .origin import commit_of, processor
 from .sparse import sentence
 
 _PARTS = ("parameters", "gradients", "states")
@@ -39,44 +39,17 @@ def environment(device: str) -> dict[str, Any]:
         "transformers": version("transformers"),
         "fused_optim": fused_optim.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "logical_cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-        "commit": _commit(),
+        "commit": commit_of(_ROOT, _SOURCES),
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with ``+`` if sources differ; elsewhere what FUSED_OPTIM_COMMIT names."""
-    # Without a .git of its own git would answer for a repository around an installation.
-    commit = _git("rev-parse", "--short=12", "HEAD") if (_ROOT / ".git").exists() else None
-    if commit is None:
-        return os.environ.get("FUSED_OPTIM_COMMIT") or None
-    return commit + ("+" if _git("status", "--porcelain", "--", *_SOURCES) else "")
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        return subprocess.check_output(
-            ["git", *arguments], cwd=_ROOT, stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _command() -> str:
     """What started this process, without the path of its Python."""
     return shlex.join(["python", *sys.orig_argv[1:]])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
